@@ -1,0 +1,1 @@
+"""MultiID-Bench: how alike, how copied, how blended."""

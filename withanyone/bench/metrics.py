@@ -1,0 +1,181 @@
+"""The measures of MultiID-Bench as pure functions on face embeddings.
+
+Embeddings are arrays (N, D) of any length of vector: every measure uses directions only, so raw and unit embeddings
+give the same number, and a rotation of the embedding space changes nothing. Written from section 4 of the WithAnyone
+paper (arXiv 2510.14975).
+
+Where a face is missing, nothing is dropped here: callers count it (`sim_gt` 0 for an expected face that was not found).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+# Copy-paste is ranked only among methods whose Sim(GT) exceeds this (Tables 1 and 2 of the paper).
+RANKING_THRESHOLD_SINGLE = 0.40
+RANKING_THRESHOLD_MULTI = 0.35
+
+
+def _unit(name: str, embeddings: np.ndarray) -> np.ndarray:
+    """Rows of unit length in float64; refuses what has no direction."""
+    array = np.asarray(embeddings, dtype=np.float64)
+    if array.ndim != 2:
+        raise ValueError(f"`{name}` must be an array (N, D), got shape {array.shape}; reshape one embedding to (1, D)")
+    if not np.isfinite(array).all():
+        raise ValueError(f"`{name}` holds NaN or infinity; leave faces without an embedding out and count them as missing")
+    norms = np.linalg.norm(array, axis=1, keepdims=True)
+    if (norms == 0).any():
+        rows = np.flatnonzero(norms[:, 0] == 0).tolist()
+        raise ValueError(f"`{name}` has rows of length zero, which have no direction: {rows}")
+    return array / norms
+
+
+def _same_shape(**arrays: np.ndarray) -> None:
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"embeddings must have one shape, got {shapes}")
+
+
+def similarity_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of every row of `a` (N, D) with every row of `b` (M, D): (N, M), in [-1, 1]."""
+    a, b = _unit("a", a), _unit("b", b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"`a` and `b` must have one width, got {a.shape[1]} and {b.shape[1]}")
+    return np.clip(a @ b.T, -1.0, 1.0)
+
+
+def sim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine similarity row by row: (N, D), (N, D) -> (N,), in [-1, 1].
+
+    Sim(GT) = sim(generated, target), Sim(Ref) = sim(generated, reference).
+    """
+    a, b = _unit("a", a), _unit("b", b)
+    _same_shape(a=a, b=b)
+    return np.clip((a * b).sum(axis=1), -1.0, 1.0)
+
+
+def angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Angle row by row in radians: (N, D), (N, D) -> (N,), in [0, pi].
+
+    2 atan2(|a - b|, |a + b|) on unit rows is arccos(cos(a, b)) without arccos' loss of digits near 0 and pi.
+    """
+    a, b = _unit("a", a), _unit("b", b)
+    _same_shape(a=a, b=b)
+    return 2.0 * np.arctan2(np.linalg.norm(a - b, axis=1), np.linalg.norm(a + b, axis=1))
+
+
+def copy_paste(
+    generated: np.ndarray, target: np.ndarray, reference: np.ndarray, eps: float = 1e-6
+) -> np.ndarray:
+    """M_CP = (theta_gt - theta_gr) / max(theta_tr, eps), row by row: three (N, D) -> (N,).
+
+    -1: the output is the target; +1: it is the reference; by the triangle inequality on the sphere it lies in [-1, 1]
+    wherever theta_tr >= eps. `eps` (radians) guards the division where target and reference coincide.
+    """
+    if not eps > 0:
+        raise ValueError(f"`eps` must be a positive angle in radians, got {eps}")
+    theta_gt, theta_gr, theta_tr = angle(generated, target), angle(generated, reference), angle(target, reference)
+    return (theta_gt - theta_gr) / np.maximum(theta_tr, eps)
+
+
+def assign_faces(detected: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One-to-one assignment of highest total cosine (Hungarian method): (N, D), (M, D) -> rows, columns.
+
+    min(N, M) pairs, `detected[rows[k]]` being `expected[columns[k]]`, sorted by column. What is left over on either side
+    is extra or missing, and the caller's to count. Swapped people are hidden by this assignment by construction: judge
+    swaps by the boxes as well.
+    """
+    if len(detected) == 0 or len(expected) == 0:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    rows, columns = linear_sum_assignment(similarity_matrix(detected, expected), maximize=True)
+    order = np.argsort(columns)
+    return rows[order], columns[order]
+
+
+def blending(
+    generated: np.ndarray, references: np.ndarray, assignment: tuple[Sequence[int], Sequence[int]]
+) -> float:
+    """Mean cosine of the faces of one picture with the people they should not be: off the assignment's diagonal.
+
+    generated (N, D), references (M, D), assignment (rows, columns) as from `assign_faces`. In [-1, 1]; lower is better.
+    At least two assigned pairs, since one person cannot be blended with another.
+    """
+    rows, columns = (np.asarray(part, dtype=np.int64) for part in assignment)
+    if rows.shape != columns.shape or rows.ndim != 1:
+        raise ValueError(f"`assignment` must be two index lists of one length, got {rows.shape} and {columns.shape}")
+    if len(set(rows.tolist())) != len(rows) or len(set(columns.tolist())) != len(columns):
+        raise ValueError(f"`assignment` must be one to one, got rows {rows.tolist()}, columns {columns.tolist()}")
+    if len(rows) < 2:
+        raise ValueError(f"blending needs at least two assigned people, got {len(rows)}; leave one-person cases out")
+    matrix = similarity_matrix(np.asarray(generated)[rows], np.asarray(references)[columns])  # (K, K)
+    return float(matrix[~np.eye(len(rows), dtype=bool)].mean())
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes xyxy: (N, 4), (M, 4) -> (N, M), in [0, 1]."""
+    a, b = np.asarray(a, dtype=np.float64).reshape(-1, 4), np.asarray(b, dtype=np.float64).reshape(-1, 4)
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    overlap = np.clip(high - low, 0, None).prod(axis=-1)  # (N, M)
+    area_a, area_b = (np.clip(x[:, 2:] - x[:, :2], 0, None).prod(axis=-1) for x in (a, b))
+    union = area_a[:, None] + area_b[None] - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def match_boxes(detected: np.ndarray, expected: np.ndarray, threshold: float = 0.3) -> np.ndarray:
+    """For each expected box (M, 4) the index of the detected box (N, 4) that stands there, or -1: (M,).
+
+    One to one, of highest total IoU; a pair under `threshold` is no match, so the expected face is missing.
+    """
+    found = np.full(len(expected), -1, dtype=np.int64)
+    if len(detected) and len(expected):
+        iou = box_iou(detected, expected)
+        for row, column in zip(*linear_sum_assignment(iou, maximize=True), strict=True):
+            if iou[row, column] >= threshold:
+                found[column] = row
+    return found
+
+
+def swapped(faces_in_boxes: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Which people's boxes hold a face nearer to another person of the picture: (N, D), (N, D) -> (N,) of bool.
+
+    Row i is the face found in person i's box and person i's embedding. Needs at least two people to be ever true.
+    """
+    matrix = similarity_matrix(faces_in_boxes, references)
+    _same_shape(faces_in_boxes=np.asarray(faces_in_boxes), references=np.asarray(references))
+    return matrix.argmax(axis=1) != np.arange(len(matrix))
+
+
+def bootstrap_interval(
+    values: np.ndarray,
+    groups: Sequence[int] | None = None,
+    *,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `statistic` over cases.
+
+    `values` (N,) one a face; `groups` (N,) its case: whole cases are drawn, since the faces of one picture depend on each
+    other. Without `groups` every value is a case of its own.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"`values` must be a non-empty list, got shape {values.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level}")
+    groups_array = np.arange(len(values)) if groups is None else np.asarray(groups)
+    if len(groups_array) != len(values):
+        raise ValueError(f"`groups` must name a case for each of {len(values)} values, got {len(groups_array)}")
+    members = [np.flatnonzero(groups_array == group) for group in np.unique(groups_array)]
+    rng = np.random.default_rng(seed)
+    draws = [
+        statistic(values[np.concatenate([members[k] for k in rng.integers(0, len(members), len(members))])])
+        for _ in range(resamples)
+    ]
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
