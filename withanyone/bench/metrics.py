@@ -1,10 +1,13 @@
 """The measures of MultiID-Bench as pure functions on face embeddings.
 
-Embeddings are arrays (N, D) of any length of vector: every measure uses directions only, so raw and unit embeddings
-give the same number, and a rotation of the embedding space changes nothing. Written from section 4 of the WithAnyone
+Embeddings are arrays (N, D) of any length of vector: every measure uses directions only, so raw and unit
+embeddings
+give the same number, and a rotation of the embedding space changes nothing. Written from section 4 of the
+WithAnyone
 paper (arXiv 2510.14975).
 
-Where a face is missing, nothing is dropped here: callers count it (`sim_gt` 0 for an expected face that was not found).
+Where a face is missing, nothing is dropped here: callers count it (`sim_gt` 0 for an expected face that was
+not found).
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ def _unit(name: str, embeddings: np.ndarray) -> np.ndarray:
     """Rows of unit length in float64; refuses what has no direction."""
     array = np.asarray(embeddings, dtype=np.float64)
     if array.ndim != 2:
-        raise ValueError(f"`{name}` must be an array (N, D), got shape {array.shape}; reshape one embedding to (1, D)")
+        raise ValueError(
+            f"`{name}` must be an array (N, D), got shape {array.shape}; reshape one embedding to (1, D)"
+        )
     if not np.isfinite(array).all():
-        raise ValueError(f"`{name}` holds NaN or infinity; leave faces without an embedding out and count them as missing")
+        raise ValueError(
+            f"`{name}` holds NaN or infinity; leave faces without an embedding out and count them as missing"
+        )
     norms = np.linalg.norm(array, axis=1, keepdims=True)
     if (norms == 0).any():
         rows = np.flatnonzero(norms[:, 0] == 0).tolist()
@@ -72,20 +79,27 @@ def copy_paste(
 ) -> np.ndarray:
     """M_CP = (theta_gt - theta_gr) / max(theta_tr, eps), row by row: three (N, D) -> (N,).
 
-    -1: the output is the target; +1: it is the reference; by the triangle inequality on the sphere it lies in [-1, 1]
+    -1: the output is the target; +1: it is the reference; by the triangle inequality on the sphere it lies
+    in [-1, 1]
     wherever theta_tr >= eps. `eps` (radians) guards the division where target and reference coincide.
     """
     if not eps > 0:
         raise ValueError(f"`eps` must be a positive angle in radians, got {eps}")
-    theta_gt, theta_gr, theta_tr = angle(generated, target), angle(generated, reference), angle(target, reference)
+    theta_gt, theta_gr, theta_tr = (
+        angle(generated, target),
+        angle(generated, reference),
+        angle(target, reference),
+    )
     return (theta_gt - theta_gr) / np.maximum(theta_tr, eps)
 
 
 def assign_faces(detected: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One-to-one assignment of highest total cosine (Hungarian method): (N, D), (M, D) -> rows, columns.
 
-    min(N, M) pairs, `detected[rows[k]]` being `expected[columns[k]]`, sorted by column. What is left over on either side
-    is extra or missing, and the caller's to count. Swapped people are hidden by this assignment by construction: judge
+    min(N, M) pairs, `detected[rows[k]]` being `expected[columns[k]]`, sorted by column. What is left over on
+    either side
+    is extra or missing, and the caller's to count. Swapped people are hidden by this assignment by
+    construction: judge
     swaps by the boxes as well.
     """
     if len(detected) == 0 or len(expected) == 0:
@@ -98,18 +112,26 @@ def assign_faces(detected: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray
 def blending(
     generated: np.ndarray, references: np.ndarray, assignment: tuple[Sequence[int], Sequence[int]]
 ) -> float:
-    """Mean cosine of the faces of one picture with the people they should not be: off the assignment's diagonal.
+    """Mean cosine of the faces of one picture with the people they should not be: off the assignment's
+    diagonal.
 
-    generated (N, D), references (M, D), assignment (rows, columns) as from `assign_faces`. In [-1, 1]; lower is better.
+    generated (N, D), references (M, D), assignment (rows, columns) as from `assign_faces`. In [-1, 1]; lower
+    is better.
     At least two assigned pairs, since one person cannot be blended with another.
     """
     rows, columns = (np.asarray(part, dtype=np.int64) for part in assignment)
     if rows.shape != columns.shape or rows.ndim != 1:
-        raise ValueError(f"`assignment` must be two index lists of one length, got {rows.shape} and {columns.shape}")
+        raise ValueError(
+            f"`assignment` must be two index lists of one length, got {rows.shape} and {columns.shape}"
+        )
     if len(set(rows.tolist())) != len(rows) or len(set(columns.tolist())) != len(columns):
-        raise ValueError(f"`assignment` must be one to one, got rows {rows.tolist()}, columns {columns.tolist()}")
+        raise ValueError(
+            f"`assignment` must be one to one, got rows {rows.tolist()}, columns {columns.tolist()}"
+        )
     if len(rows) < 2:
-        raise ValueError(f"blending needs at least two assigned people, got {len(rows)}; leave one-person cases out")
+        raise ValueError(
+            f"blending needs at least two assigned people, got {len(rows)}; leave one-person cases out"
+        )
     matrix = similarity_matrix(np.asarray(generated)[rows], np.asarray(references)[columns])  # (K, K)
     return float(matrix[~np.eye(len(rows), dtype=bool)].mean())
 
@@ -140,9 +162,11 @@ def match_boxes(detected: np.ndarray, expected: np.ndarray, threshold: float = 0
 
 
 def swapped(faces_in_boxes: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Which people's boxes hold a face nearer to another person of the picture: (N, D), (N, D) -> (N,) of bool.
+    """Which people's boxes hold a face nearer to another person of the picture: (N, D), (N, D) -> (N,) of
+    bool.
 
-    Row i is the face found in person i's box and person i's embedding. Needs at least two people to be ever true.
+    Row i is the face found in person i's box and person i's embedding. Needs at least two people to be ever
+    true.
     """
     matrix = similarity_matrix(faces_in_boxes, references)
     _same_shape(faces_in_boxes=np.asarray(faces_in_boxes), references=np.asarray(references))
@@ -160,7 +184,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of `statistic` over cases.
 
-    `values` (N,) one a face; `groups` (N,) its case: whole cases are drawn, since the faces of one picture depend on each
+    `values` (N,) one a face; `groups` (N,) its case: whole cases are drawn, since the faces of one picture
+    depend on each
     other. Without `groups` every value is a case of its own.
     """
     values = np.asarray(values, dtype=np.float64)
@@ -170,7 +195,9 @@ def bootstrap_interval(
         raise ValueError(f"`level` must lie between 0 and 1, got {level}")
     groups_array = np.arange(len(values)) if groups is None else np.asarray(groups)
     if len(groups_array) != len(values):
-        raise ValueError(f"`groups` must name a case for each of {len(values)} values, got {len(groups_array)}")
+        raise ValueError(
+            f"`groups` must name a case for each of {len(values)} values, got {len(groups_array)}"
+        )
     members = [np.flatnonzero(groups_array == group) for group in np.unique(groups_array)]
     rng = np.random.default_rng(seed)
     draws = [
