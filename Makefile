@@ -1,0 +1,96 @@
+# Everything sets itself up: Python 3.10 or newer and make are enough. The second time is quick.
+#   make demo    open the app with the bundled miniature
+#   make test    the quick tests                       make slow    the slow ones
+#   make check   lint, format and who imports whom     make sheet   the README's pictures again
+#   make mini    train the miniature again from nothing (many hours; goes on where it stopped)
+#
+# Settings: PYTHON=python3.12   VENV=path   TORCH=cpu|default   JOBS=test processes   ARGS="more for the command"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	"$$p" -c '$(OLD_ENOUGH)' 2>/dev/null && echo "$$p" && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# torch of the constraints file; on Linux without an NVIDIA card the build without CUDA, which is ten times smaller.
+TORCH ?= $(shell if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then echo cpu; else echo default; fi)
+TORCH_PIN := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && echo 4 || echo "$$n")
+ARGS ?=
+
+.PHONY: help demo test slow check format mini sheet clean
+
+help:
+	@sed -n '2,8p' Makefile | sed 's/^# \{0,1\}//'
+
+# -- set-up: one virtual environment, filled only when the lists of packages changed ------------------------------
+
+$(VENV)/.made:
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.10 or newer is needed: install it, or say which: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Making the environment in $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: constraints.txt | $(VENV)/.made
+	@echo "Installing torch $(TORCH_PIN) ($(TORCH)) ..."
+	@if [ "$(TORCH)" = cpu ]; then \
+		$(PIP) install --retries 1 --timeout 30 --extra-index-url https://download.pytorch.org/whl/cpu \
+			-c constraints.txt "torch==$(TORCH_PIN)+cpu" 2>/dev/null || $(PIP) install -c constraints.txt torch; \
+	else $(PIP) install -c constraints.txt torch; fi
+	@touch $@
+
+$(VENV)/.app: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "Installing the packages of the app (a few minutes, once) ..."
+	@$(PIP) install -c constraints.txt -e ".[app]"
+	@$(call opencv_without_display)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.app
+	@echo "Installing the packages for tests and training (once) ..."
+	@$(PIP) install -c constraints.txt -e ".[app,train,dev]"
+	@$(call opencv_without_display)
+	@touch $@
+
+# insightface asks for opencv-python, which needs a display library (libGL.so.1) that servers lack: there the headless
+# build of the same version takes its place. `packages.txt` names the library for those who prefer to install it.
+define opencv_without_display
+$(BIN)/python -c "import cv2" 2>/dev/null || { \
+	echo "opencv-python does not load here (no libGL): taking its headless build ..."; \
+	version=$$($(PIP) list --format=freeze | sed -n 's/^opencv-python==//p'); \
+	$(PIP) uninstall -y opencv-python; \
+	$(PIP) install --no-deps "opencv-python-headless==$$version"; \
+	$(BIN)/python -c "import cv2"; }
+endef
+
+# -- what people run ----------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.app
+	$(BIN)/python app.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not browser and not gpu" $(ARGS)
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not browser and not gpu" --durations 10 $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_house.py $(ARGS)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+mini: $(VENV)/.dev
+	$(BIN)/python -m withanyone.mini train $(ARGS)
+
+sheet: $(VENV)/.dev
+	$(BIN)/python -m withanyone.mini figure $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
