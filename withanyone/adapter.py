@@ -1,0 +1,747 @@
+"""The face adapter: face tokens, cross-attention after every block of the transformer, and how it is attached.
+
+After every block of FLUX.1 the image tokens x (never the text tokens) become
+
+    x + id_scale * CA_arc[i](x, arc tokens) + siglip_scale * CA_sig[i](x, sig tokens)
+
+where a token attends only to the faces whose box touches it (method facts, section 2). Module names are those of
+the released checkpoint.
+
+What is computed when. `encode` runs once a picture: it makes the face tokens and every block's keys and values,
+which depend on no timestep. Each denoising step then gathers the image tokens under boxes, and only those. Where a
+face has few tokens (the arc branch: 8) the query projection is folded into the keys and the output projection into
+the values. A branch whose scale is 0 is not there at all.
+
+The conditioning is an argument of the transformer's call, never state of the adapter:
+
+    adapter.attach(transformer)
+    conditioning = adapter.encode(embeddings, image_features, bboxes, height, width)
+    transformer(..., joint_attention_kwargs={"ip_hidden_states": conditioning})
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from . import checkpoint
+from .layout import token_mask
+
+logger = logging.getLogger(__name__)
+
+HOOK_NAME = "withanyone"
+CONDITIONING_KEY = "ip_hidden_states"  # a name that FluxAttention drops quietly
+BRANCHES = ("arc", "sig")
+
+# The bases the adapter knows: their block lists in running order, and where the image tokens stand in the tuple
+# that each block returns.
+BASES: dict[str, tuple[tuple[str, int], ...]] = {
+    "FluxTransformer2DModel": (("transformer_blocks", 1), ("single_transformer_blocks", 1)),
+}
+
+
+# What travels with a call
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Image tokens under boxes, grouped by the faces they lie under. M tokens, G groups, P faces in the batch.
+
+    Groups are padded to T tokens each for batched attention; `padded` and `slots` are None where all groups have
+    the same size, `faces` where group g sees face g alone, `seen` where every group sees as many faces.
+    """
+
+    tokens: torch.Tensor  # (M,) position among the B * N image tokens, group after group
+    padded: torch.Tensor | None  # (G * T,) which of the M tokens stands in a padded group's slot
+    slots: torch.Tensor | None  # (M,) the slot where each token stands
+    faces: torch.Tensor | None  # (G, S) the faces that a group sees
+    seen: torch.Tensor | None  # (G, S) False where `faces` is padding
+    num_groups: int
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (M, C, D), C pictures a row, into padded groups (G, T * C, D)."""
+        if self.padded is not None:
+            x = x.index_select(0, self.padded)  # (G T, C, D)
+        return x.reshape(self.num_groups, -1, x.shape[-1])
+
+    def join(self, x: torch.Tensor, num_copies: int) -> torch.Tensor:
+        """Padded groups (G, T * C, D) back into tokens (M, C, D)."""
+        x = x.reshape(-1, num_copies, x.shape[-1])  # (G T, C, D)
+        return x if self.slots is None else x.index_select(0, self.slots)
+
+    def of_groups(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows per face (P, heads, L, C) to rows per group (G, heads, S * L, C)."""
+        return x if self.faces is None else x[self.faces].transpose(1, 2).flatten(2, 3)
+
+    def mask(self, num_tokens: int) -> torch.Tensor | None:
+        """Which face tokens a group may attend to, (G, 1, 1, S * num_tokens) bool; None: to all."""
+        if self.seen is None:
+            return None
+        return self.seen.repeat_interleave(num_tokens, dim=1)[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class BranchConditioning:
+    """One branch's keys and values of every block, the branch's scale already in the values.
+
+    Folded, they hold `to_q` and `to_out` too and are as wide as the transformer (C = D), else C = head_dim.
+    They are indexed by block: one tensor, or under autograd a tuple of each block's own.
+    """
+
+    keys: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, P, heads, L, C)
+    values: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, P, heads, L, C)
+    folded: bool
+
+
+@dataclass(frozen=True)
+class FaceConditioning:
+    """What a call of the transformer needs to know about faces: made by `FaceAdapter.encode`.
+
+    Passed as `joint_attention_kwargs={"ip_hidden_states": conditioning}`. A batch that is a multiple C of
+    `batch_size` is C pictures of each row, row after row, as `num_images_per_prompt` orders them.
+    """
+
+    batch_size: int
+    num_tokens: int  # image tokens of one picture
+    groups: TokenGroups
+    branches: dict[str, BranchConditioning]  # those with a scale other than 0
+
+    @property
+    def is_empty(self) -> bool:
+        """True where nothing would be added: no face, or both scales 0."""
+        return not self.branches
+
+    def to(self, *args, **kwargs) -> FaceConditioning:
+        """On another device, or with the keys and values in another dtype; arguments as in `torch.Tensor.to`.
+
+        Offloading hooks call this on every argument; what is there already is handed back as it is.
+        """
+        return _map_tensors(self, lambda tensor: _move(tensor, *args, **kwargs))
+
+    def detach(self) -> FaceConditioning:
+        """The same without gradients."""
+        return _map_tensors(self, lambda tensor: tensor.detach())
+
+
+def _move(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """`tensor.to(...)`, but indices keep their dtype."""
+    moved = tensor.to(*args, **kwargs)
+    return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
+
+
+def _map_tensors(value, fn: Callable[[torch.Tensor], torch.Tensor]):
+    """`value` with `fn` applied to every tensor in it; the same object where nothing changed."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, tuple):
+        items = tuple(_map_tensors(item, fn) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    if isinstance(value, dict):
+        items = {key: _map_tensors(item, fn) for key, item in value.items()}
+        return value if all(items[key] is value[key] for key in value) else items
+    if isinstance(value, (TokenGroups, BranchConditioning, FaceConditioning)):
+        items = {field.name: _map_tensors(getattr(value, field.name), fn) for field in fields(value)}
+        unchanged = all(items[name] is getattr(value, name) for name in items)
+        return value if unchanged else replace(value, **items)
+    return value
+
+
+def group_tokens(face_mask: torch.Tensor, num_faces: Sequence[int]) -> TokenGroups:
+    """Groups of the image tokens in `face_mask` (B, N, F) that lie under the same faces.
+
+    `num_faces` are the faces of each row; face (b, f) gets number sum(num_faces[:b]) + f among the P of the batch.
+    """
+    face_mask = face_mask.cpu()
+    rows, positions = face_mask.any(-1).nonzero(as_tuple=True)  # (M,) each
+    # One line a token: its row and the faces it is not under, so that groups sort by row, then by first face.
+    lines = torch.cat([rows[:, None], (~face_mask[rows, positions]).long()], dim=1)  # (M, 1 + F)
+    lines, group = lines.unique(dim=0, return_inverse=True)
+    order = group.argsort(stable=True)
+    group, tokens = group[order], (rows * face_mask.shape[1] + positions)[order]
+    sizes = torch.bincount(group, minlength=len(lines))  # (G,)
+
+    padded = slots = None
+    if len(sizes) and sizes.min() != sizes.max():
+        longest = int(sizes.max())
+        starts = sizes.cumsum(0) - sizes
+        slots = group * longest + torch.arange(len(group)) - starts[group]
+        padded = torch.zeros(len(sizes) * longest, dtype=torch.long)
+        padded[slots] = torch.arange(len(group))
+
+    first = [sum(num_faces[:b]) for b in range(len(num_faces))]
+    sets = [[first[row] + f for f, absent in enumerate(line) if not absent] for row, *line in lines.tolist()]
+    faces = seen = None
+    if sets != [[p] for p in range(sum(num_faces))]:
+        most = max(map(len, sets))
+        faces = torch.tensor([s + [s[0]] * (most - len(s)) for s in sets])
+        if min(map(len, sets)) < most:
+            seen = torch.tensor([[k < len(s) for k in range(most)] for s in sets])
+    return TokenGroups(tokens, padded, slots, faces, seen, num_groups=len(sets))
+
+
+# The maths
+
+
+class FaceCrossAttention(nn.Module):
+    """CA(x, f): the image tokens x under boxes attend to the tokens f of their faces; no bias, no rotary.
+
+    `norm1` is for the face tokens, `norm2` for the image tokens; heads of `head_dim`, scale 1 / sqrt(head_dim).
+    """
+
+    def __init__(self, hidden_size: int, inner_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.to_q = nn.Linear(hidden_size, inner_dim, bias=False)
+        self.to_kv = nn.Linear(hidden_size, 2 * inner_dim, bias=False)  # keys first, then values
+        self.to_out = nn.Linear(inner_dim, hidden_size, bias=False)
+
+    def keys_values(self, face_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (P, heads, L, head_dim) of `face_tokens` (P, L, D)."""
+        keys, values = self.to_kv(self.norm1(face_tokens)).chunk(2, dim=-1)
+        return self._heads(keys), self._heads(values)
+
+    def fold(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K W_q / sqrt(d) and V W_o, per head: (P, heads, L, D) each. Then scores and output need no projection."""
+        to_q = self.to_q.weight.unflatten(0, (-1, self.head_dim))  # (heads, d, D)
+        to_out = self.to_out.weight.T.unflatten(0, (-1, self.head_dim))  # (heads, d, D)
+        return keys @ (to_q * self.head_dim**-0.5), values @ to_out
+
+    def forward(
+        self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, groups: TokenGroups, folded: bool
+    ) -> torch.Tensor:
+        """What attention adds to the image tokens x (M, C, D), keys and values per face (P, heads, L, *)."""
+        attend = self._attend_folded if folded else self._attend
+        x = self.norm2(x.to(self.norm2.weight.dtype))
+        mask = groups.mask(keys.shape[-2])
+        return attend(x, groups.of_groups(keys), groups.of_groups(values), mask, groups)
+
+    def _attend(self, x, keys, values, mask, groups: TokenGroups) -> torch.Tensor:
+        queries = self._heads(groups.split(self.to_q(x)))  # (G, heads, T C, d)
+        out = F.scaled_dot_product_attention(
+            queries, keys.to(queries.dtype), values.to(queries.dtype), attn_mask=mask
+        )
+        return self.to_out(groups.join(out.transpose(1, 2).flatten(2), x.shape[1]))  # (M, C, D)
+
+    def _attend_folded(self, x, keys, values, mask, groups: TokenGroups) -> torch.Tensor:
+        num_heads, num_keys = keys.shape[1:3]
+        scores = groups.split(x) @ keys.flatten(1, 2).mT.to(x.dtype)  # (G, T C, heads S L)
+        scores = scores.unflatten(-1, (num_heads, num_keys))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = scores.softmax(-1).flatten(-2)
+        return groups.join(weights @ values.flatten(1, 2).to(weights.dtype), x.shape[1])  # (M, C, D)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def folding_pays(num_face_tokens: int, head_dim: int) -> bool:
+    """Folded, an image token costs heads * L rows of width D each way, else heads * head_dim: fold well below."""
+    return 2 * num_face_tokens <= head_dim
+
+
+def add_faces(
+    hidden_states: torch.Tensor,
+    conditioning: FaceConditioning,
+    attentions: dict[str, FaceCrossAttention],
+    block: int,
+) -> torch.Tensor:
+    """`hidden_states` (B * C, N, D) with what block `block` sees of the faces; tokens outside boxes as they were."""
+    groups, batch_size = conditioning.groups, conditioning.batch_size
+    if hidden_states.shape[1] != conditioning.num_tokens or hidden_states.shape[0] % batch_size:
+        raise ValueError(
+            f"The transformer runs {hidden_states.shape[0]} pictures of {hidden_states.shape[1]} image tokens, but "
+            f"the faces were encoded for {batch_size} of {conditioning.num_tokens}; call `encode` with the same "
+            "`height` and `width` and one list of boxes for each picture."
+        )
+    # Every row may come in C copies: tokens first, (B N, C, D).
+    flat = hidden_states.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(0, 1)
+    x = flat.index_select(0, groups.tokens)  # (M, C, D)
+    residual = None
+    for name, branch in conditioning.branches.items():
+        added = attentions[name](x, branch.keys[block], branch.values[block], groups, branch.folded)
+        residual = added if residual is None else residual + added
+    flat = flat.index_add(0, groups.tokens, residual.to(flat.dtype))
+    return flat.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(0, 1)  # (B C, N, D)
+
+
+class FaceHook(ModelHook):
+    """Runs after one block of the transformer and adds the faces to its image tokens."""
+
+    def __init__(self, adapter: FaceAdapter, block: int, image_output: int, kwargs_position: int) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.attentions = {name: adapter.attentions(name)[block] for name in adapter.branches}
+        self.block = block
+        self.image_output = image_output
+        self.kwargs_position = kwargs_position
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        if "joint_attention_kwargs" in kwargs:
+            call_kwargs = kwargs["joint_attention_kwargs"]
+        else:  # gradient checkpointing passes everything by position
+            call_kwargs = args[self.kwargs_position] if len(args) > self.kwargs_position else None
+        conditioning = None if call_kwargs is None else call_kwargs.get(CONDITIONING_KEY)
+        if not isinstance(conditioning, FaceConditioning) or conditioning.is_empty:
+            return output
+        i = self.image_output
+        hidden_states = add_faces(output[i], conditioning, self.attentions, self.block)
+        return (*output[:i], hidden_states, *output[i + 1 :])
+
+
+# The model
+
+
+class FaceAdapter(ModelMixin, ConfigMixin):
+    """Turns faces into tokens and lets the image tokens of a transformer attend to them.
+
+    Args:
+        hidden_size: width D of the transformer.
+        num_blocks: blocks of the transformer, double-stream first.
+        inner_dim: width of the attention; it has inner_dim / head_dim heads.
+        head_dim: width of a head, 64 in all released weights.
+        embedding_dim: width of the recognition embedding.
+        image_feature_dim: width of the image encoder's last hidden state.
+        num_id_tokens: tokens made of an embedding.
+        id_hidden_size: inner width of the embedding's MLP; None: 4 D.
+        image_hidden_size: inner width of the image features' MLP; None: D.
+        tokens_per_image_feature: tokens made of each image feature.
+        pixels_per_token: pixels of the output along a side of an image token (VAE factor 8, patch 2: 16).
+        branches: `("arc", "sig")`, or one of them where a branch is trained apart.
+
+    Defaults are the released weights' (method facts, sections 2 and 7). Untrained, every `to_out` is 0, so the
+    adapter changes nothing.
+    """
+
+    _no_split_modules = ["FaceCrossAttention"]
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int = 3072,
+        num_blocks: int = 57,
+        inner_dim: int = 1536,
+        head_dim: int = 64,
+        embedding_dim: int = 512,
+        image_feature_dim: int = 768,
+        num_id_tokens: int = 8,
+        id_hidden_size: int | None = None,
+        image_hidden_size: int | None = None,
+        tokens_per_image_feature: int = 1,
+        pixels_per_token: int = 16,
+        branches: Sequence[str] = BRANCHES,
+    ) -> None:
+        super().__init__()
+        if inner_dim % head_dim:
+            raise ValueError(f"`inner_dim` is {inner_dim}; give a multiple of `head_dim` ({head_dim}).")
+        if not branches or list(branches) != [name for name in BRANCHES if name in branches]:
+            raise ValueError(f"`branches` is {branches!r}; give ('arc', 'sig'), ('arc',) or ('sig',).")
+        id_hidden_size = id_hidden_size or 4 * hidden_size
+        image_hidden_size = image_hidden_size or hidden_size
+        for name in branches:
+            attentions = (FaceCrossAttention(hidden_size, inner_dim, head_dim) for _ in range(num_blocks))
+            self.add_module(f"ipa_{name}", nn.ModuleList(attentions))
+            self.add_module(
+                f"arcface_in_{name}", _mlp(embedding_dim, id_hidden_size, num_id_tokens * hidden_size)
+            )
+        if "sig" in branches:
+            out = tokens_per_image_feature * hidden_size
+            self.siglip_in_sig = _mlp(image_feature_dim, image_hidden_size, out)
+        # Tensors of a released file that no computation uses, kept for writing it back (never on a device).
+        self.unused_tensors: dict[str, torch.Tensor] = {}
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """For training from nothing: unit-variance queries, keys and values; nothing added yet."""
+        for module in self.modules():
+            if isinstance(module, FaceCrossAttention):
+                nn.init.normal_(module.to_q.weight, std=self.config.hidden_size**-0.5)
+                nn.init.normal_(module.to_kv.weight, std=self.config.hidden_size**-0.5)
+                nn.init.zeros_(module.to_out.weight)
+            elif isinstance(module, nn.Sequential):
+                for linear in (module[0], module[3]):
+                    nn.init.xavier_uniform_(linear.weight)
+                    nn.init.zeros_(linear.bias)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(self.config.branches)
+
+    def attentions(self, branch: str) -> nn.ModuleList:
+        """The cross-attention of every block of one branch."""
+        return getattr(self, f"ipa_{branch}")
+
+    # Faces to conditioning
+
+    def face_tokens(
+        self, branch: str, embeddings: torch.Tensor, image_features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Tokens (P, L, D) of P faces for one branch.
+
+        arc: those of the `embeddings` (P, embedding_dim). sig: those of the `image_features`
+        (P, S, image_feature_dim), and after them those of the embeddings through an MLP of its own.
+        """
+        hidden_size = self.config.hidden_size
+        tokens = getattr(self, f"arcface_in_{branch}")(embeddings)
+        tokens = tokens.unflatten(-1, (-1, hidden_size))  # (P, 8, D)
+        if branch == "arc":
+            return tokens
+        image_tokens = self.siglip_in_sig(image_features)
+        image_tokens = image_tokens.unflatten(-1, (-1, hidden_size)).flatten(1, 2)  # (P, S, D)
+        return torch.cat([image_tokens, tokens.to(image_tokens.dtype)], dim=1)
+
+    def encode(
+        self,
+        embeddings: torch.Tensor,
+        image_features: torch.Tensor | None,
+        bboxes: Sequence[Sequence[Sequence[float]]],
+        height: int,
+        width: int,
+        *,
+        id_scale: float | torch.Tensor | None = None,
+        siglip_scale: float | torch.Tensor | None = None,
+    ) -> FaceConditioning:
+        """Everything of the adapter that depends on no timestep, once a picture; differentiable.
+
+        Args:
+            embeddings: (B, F, embedding_dim) raw recognition embeddings, F the most faces of a row.
+            image_features: (B, F, S, image_feature_dim) the image encoder's last hidden state of each face crop;
+                may be None where the sig branch has no part.
+            bboxes: B lists of boxes (x1, y1, x2, y2) in output pixels. Row b has len(bboxes[b]) faces, none
+                allowed; what `embeddings` and `image_features` hold beyond them is ignored. Boxes may overlap
+                and are clipped to the picture.
+            height, width: the picture's size in pixels, multiples of `pixels_per_token`.
+            id_scale, siglip_scale: strength of the arc and the sig branch, a number or (B,). Default: 0 and 1,
+                the released demo's, or 1 for the branch of a single-branch adapter. A branch that is 0 in all rows
+                is left out.
+
+        Raises:
+            ValueError: a shape, box or scale that does not fit; the message names it.
+        """
+        num_faces = self._check_faces(embeddings, image_features, bboxes)
+        face_mask = token_mask(bboxes, height, width, self.config.pixels_per_token)  # (B, N, F)
+        scales = self._branch_scales(id_scale, siglip_scale, len(num_faces))
+        if scales.get("sig") is not None and image_features is None and any(num_faces):
+            raise ValueError(
+                "`image_features` is None, which only an adapter without the sig branch, or "
+                "`siglip_scale=0`, allows; give (B, F, S, "
+                f"{self.config.image_feature_dim}) or set `siglip_scale` to 0."
+            )
+
+        # Only the faces there are: (P, ...).
+        rows = [b for b, count in enumerate(num_faces) for _ in range(count)]
+        faces = [f for count in num_faces for f in range(count)]
+        branches = {}
+        for name, scale in scales.items() if rows else ():
+            features = None if name == "arc" else self._to_own(image_features[rows, faces])
+            tokens = self.face_tokens(name, self._to_own(embeddings[rows, faces]), features)
+            branches[name] = self._encode_branch(name, tokens, scale[rows])
+        groups = group_tokens(face_mask, num_faces)
+        return FaceConditioning(len(num_faces), face_mask.shape[1], groups, branches).to(self.device)
+
+    forward = encode
+
+    def _encode_branch(self, name: str, tokens: torch.Tensor, scale: torch.Tensor) -> BranchConditioning:
+        """Keys and values of every block for face `tokens` (P, L, D), the values times `scale` (P,)."""
+        folded = folding_pays(tokens.shape[1], self.config.head_dim)
+        keys, values = [], []
+        for attention in self.attentions(name):
+            key, value = attention.keys_values(tokens)
+            # to_out is linear: scaling the values scales what the branch adds.
+            value = value * scale.to(value)[:, None, None, None]
+            if folded:
+                key, value = attention.fold(key, value)
+            keys.append(key)
+            values.append(value)
+        if torch.is_grad_enabled() and any(
+            key.requires_grad or value.requires_grad for key, value in zip(keys, values, strict=True)
+        ):
+            # Apart, so that a block's gradient is as large as its own keys, not as all blocks'.
+            return BranchConditioning(tuple(keys), tuple(values), folded)
+        return BranchConditioning(torch.stack(keys), torch.stack(values), folded)
+
+    def _to_own(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def _check_faces(self, embeddings, image_features, bboxes) -> list[int]:
+        """How many faces each row has, after checking that the tensors hold them."""
+        num_faces = [len(boxes) for boxes in bboxes]
+        if not num_faces:
+            raise ValueError("`bboxes` is empty; give one list of boxes for each picture of the batch.")
+        needed = (len(num_faces), max(num_faces))
+        tensors = {"embeddings": (embeddings, 3, self.config.embedding_dim)}
+        if image_features is not None:
+            tensors["image_features"] = (image_features, 4, self.config.image_feature_dim)
+        for name, (tensor, ndim, width) in tensors.items():
+            shape = tuple(tensor.shape)
+            if len(shape) != ndim or shape[-1] != width or shape[0] != needed[0] or shape[1] < needed[1]:
+                wanted = "(B, F, " + ("S, " if ndim == 4 else "") + f"{width})"
+                raise ValueError(
+                    f"`{name}` has shape {shape}; give {wanted} with B = {needed[0]} pictures and F at least "
+                    f"{needed[1]} faces, as many as `bboxes` has in its longest row."
+                )
+        return num_faces
+
+    def _branch_scales(self, id_scale, siglip_scale, batch_size: int) -> dict[str, torch.Tensor]:
+        """The scale (B,) of each branch that is not 0 everywhere."""
+        given = {"arc": ("id_scale", id_scale), "sig": ("siglip_scale", siglip_scale)}
+        released = {"arc": 0.0, "sig": 1.0}
+        scales = {}
+        for branch, (name, scale) in given.items():
+            if scale is None:
+                scale = (
+                    (released[branch] if len(self.branches) == 2 else 1.0) if branch in self.branches else 0.0
+                )
+            scale = check_scale(scale, name, batch_size)
+            if (scale == 0).all():
+                continue
+            if branch not in self.branches:
+                raise ValueError(
+                    f"`{name}` is {scale.tolist()}, but this adapter has no {branch} branch; set it to 0 or use an "
+                    "adapter with both branches."
+                )
+            scales[branch] = scale
+        return scales
+
+    # On and off a transformer
+
+    def attach(self, transformer: nn.Module) -> None:
+        """Add the faces after every block of `transformer`, through diffusers' hook registry.
+
+        The transformer stays as it is otherwise: without conditioning its output is bit for bit the base's, and its
+        state dict keeps its keys. Attaching again changes nothing; attaching another adapter replaces the first.
+
+        Raises:
+            ValueError: an unknown transformer, one of another width or number of blocks, or one whose blocks
+                were already compiled or cached (attach first: hooks added later are ignored or run in the
+                wrong order).
+        """
+        self._check_fits(transformer)
+        if self.is_attached(transformer):
+            return
+        _check_attachable(transformer)
+        for index, (block, image_output) in enumerate(transformer_blocks(transformer)):
+            registry = HookRegistry.check_if_exists_or_initialize(block)
+            registry.remove_hook(HOOK_NAME, recurse=False)
+            parameters = list(inspect.signature(type(block).forward).parameters)
+            position = parameters.index("joint_attention_kwargs") - 1  # without self
+            registry.register_hook(FaceHook(self, index, image_output, position), HOOK_NAME)
+
+    def detach(self, transformer: nn.Module) -> None:
+        """Restore the base `transformer`. Nothing happens where no adapter is attached."""
+        hooks = _attached_hooks(transformer)
+        if not any(hooks):
+            return
+        if not self.is_attached(transformer):
+            raise ValueError("Another adapter is attached to the `transformer`; call `detach` on that one.")
+        _check_detachable(transformer)
+        for block, _ in transformer_blocks(transformer):
+            HookRegistry.check_if_exists_or_initialize(block).remove_hook(HOOK_NAME, recurse=False)
+
+    def is_attached(self, transformer: nn.Module) -> bool:
+        """True where this adapter's faces are added in every block of `transformer`."""
+        hooks = _attached_hooks(transformer)
+        return bool(hooks) and all(hook is not None and hook.adapter is self for hook in hooks)
+
+    def _check_fits(self, transformer: nn.Module) -> None:
+        num_blocks = len(transformer_blocks(transformer))
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        if width != self.config.hidden_size:
+            raise ValueError(
+                f"The adapter is for a `transformer` of width {self.config.hidden_size}, this one is {width} wide "
+                f"({transformer.config.num_attention_heads} heads of {transformer.config.attention_head_dim}); use "
+                "the base the adapter was trained on, or an adapter trained on this base."
+            )
+        if num_blocks != self.config.num_blocks:
+            raise ValueError(
+                f"The adapter is for a `transformer` of {self.config.num_blocks} blocks, this one has {num_blocks}; "
+                "use the base the adapter was trained on, or an adapter trained on this base."
+            )
+
+    # Files
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike,
+        *,
+        branch: str | None = None,
+        dtype: torch.dtype | None = None,
+        pixels_per_token: int | None = None,
+    ) -> FaceAdapter:
+        """The adapter in a `.safetensors` file of the released layout, of any width, number of blocks or heads.
+
+        Args:
+            path: `withanyone.safetensors`, or a training checkpoint of one branch (`ipa.*`).
+            branch: which branch a single-branch file holds, `"arc"` or `"sig"`; the names do not tell.
+            dtype: of the parameters; None: as in the file.
+            pixels_per_token: where the file does not say, 16.
+
+        Raises:
+            ValueError: not a safetensors file, or keys that are missing, unexpected or of another shape; all are
+                named. `siglip_in_arc.*`, which no computation uses, is kept for `save_single_file` and logged.
+        """
+        loaded = checkpoint.read_single_file(path, branch)
+        return cls._from_loaded(loaded, str(path), dtype, pixels_per_token)
+
+    @classmethod
+    def merge_branches(
+        cls, arc_file: str | os.PathLike, sig_file: str | os.PathLike, *, dtype: torch.dtype | None = None
+    ) -> FaceAdapter:
+        """One adapter of two single-branch checkpoints that were trained apart on the same base."""
+        arc, sig = checkpoint.read_single_file(arc_file, "arc"), checkpoint.read_single_file(sig_file, "sig")
+        source = f"{arc_file} and {sig_file}"
+        return cls._from_loaded(checkpoint.merge(arc, sig, str(arc_file), str(sig_file)), source, dtype, None)
+
+    @classmethod
+    def _from_loaded(
+        cls,
+        loaded: checkpoint.Loaded,
+        source: str,
+        dtype: torch.dtype | None,
+        pixels_per_token: int | None,
+    ) -> FaceAdapter:
+        config = checkpoint.infer_config(loaded)
+        if pixels_per_token is not None:
+            config["pixels_per_token"] = pixels_per_token
+        with torch.device("meta"):
+            adapter = cls(**config)
+        checkpoint.check_tensors(loaded.tensors, adapter.state_dict(), source)
+        adapter.load_state_dict(loaded.tensors, strict=True, assign=True)
+        adapter.unused_tensors = loaded.unused
+        if loaded.unused:
+            logger.info(
+                "%s holds %s: unused, kept for writing back.", source, ", ".join(sorted(loaded.unused))
+            )
+        if dtype is not None:
+            adapter.to(dtype)
+        return adapter.eval()
+
+    def save_single_file(self, path: str | os.PathLike) -> None:
+        """Write the released layout: both branches as `withanyone.safetensors`, one as a training checkpoint."""
+        checkpoint.write_single_file(path, self.state_dict(), self.unused_tensors, dict(self.config))
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """Linear, GELU, LayerNorm, Linear: what turns an embedding or an image feature into face tokens."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.GELU(),
+        nn.LayerNorm(hidden_dim, eps=1e-5),
+        nn.Linear(hidden_dim, out_dim),
+    )
+
+
+def check_scale(scale: float | torch.Tensor, name: str, batch_size: int = 1) -> torch.Tensor:
+    """`scale` (a number or (B,)) as (B,) float32, or a ValueError where it is negative, NaN or infinite."""
+    given = scale
+    scale = torch.as_tensor(scale, dtype=torch.float32)
+    if scale.ndim > 1 or scale.numel() not in (1, batch_size):
+        raise ValueError(
+            f"`{name}` has shape {tuple(scale.shape)}; give one number, or one for each of {batch_size}."
+        )
+    if not (torch.isfinite(scale).all() and (scale >= 0).all()):
+        raise ValueError(f"`{name}` is {given}; give a finite number of at least 0.")
+    return scale.flatten().expand(batch_size)
+
+
+# The seam with the transformer
+
+
+def transformer_blocks(transformer: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The blocks of `transformer` in running order, each with the place of the image tokens in its output."""
+    base = type(transformer).__name__
+    if base not in BASES:
+        hint = " Attach first, then compile." if hasattr(transformer, "_orig_mod") else ""
+        raise ValueError(f"`transformer` is a {base}; the adapter knows {', '.join(BASES)}.{hint}")
+    return [(block, output) for name, output in BASES[base] for block in getattr(transformer, name)]
+
+
+def _attached_hooks(transformer: nn.Module) -> list[FaceHook | None]:
+    registries = (getattr(block, "_diffusers_hook", None) for block, _ in transformer_blocks(transformer))
+    return [None if registry is None else registry.get_hook(HOOK_NAME) for registry in registries]
+
+
+def _check_attachable(transformer: nn.Module) -> None:
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "A cache is enabled on the `transformer`, and an adapter attached after it would act on skipped steps; "
+            "call `transformer.disable_cache()`, attach, and enable the cache again."
+        )
+    if _is_compiled(transformer):
+        raise ValueError(
+            "The `transformer` is compiled already, and hooks added later would be ignored; attach the adapter "
+            "before compiling (load the transformer anew)."
+        )
+
+
+def _check_detachable(transformer: nn.Module) -> None:
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "A cache is enabled over the adapter; call `transformer.disable_cache()`, then `detach`."
+        )
+    if _is_compiled(transformer):
+        raise ValueError(
+            "The `transformer` was compiled with the adapter, so it cannot be detached; calls without faces give the "
+            "base's output already."
+        )
+
+
+def _is_compiled(transformer: nn.Module) -> bool:
+    modules = [transformer, *(block for block, _ in transformer_blocks(transformer))]
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
+
+
+# Size on paper
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One line of the adapter's size: parameters, bytes, and whether the denoising loop needs them."""
+
+    part: str
+    parameters: int
+    bytes: int
+    in_loop: bool
+
+
+def parameter_table(adapter: FaceAdapter) -> list[PartSize]:
+    """Parameters and bytes of each part of `adapter`, which may be on the meta device.
+
+    After `encode`, the denoising loop needs neither the MLPs nor `norm1` and `to_kv`; a folded branch needs no more
+    than `norm2`.
+    """
+    table = []
+    for branch in adapter.branches:
+        table.append(
+            _part(f"arcface_in_{branch}", getattr(adapter, f"arcface_in_{branch}").parameters(), False)
+        )
+        if branch == "sig":
+            table.append(_part("siglip_in_sig", adapter.siglip_in_sig.parameters(), False))
+        folded = branch == "arc" and folding_pays(adapter.config.num_id_tokens, adapter.config.head_dim)
+        for name in ("norm1", "norm2", "to_q", "to_kv", "to_out"):
+            parameters = [
+                p for block in adapter.attentions(branch) for p in getattr(block, name).parameters()
+            ]
+            in_loop = name == "norm2" or (name in ("to_q", "to_out") and not folded)
+            table.append(_part(f"ipa_{branch}.*.{name}", parameters, in_loop))
+    return table
+
+
+def _part(name: str, parameters, in_loop: bool) -> PartSize:
+    parameters = list(parameters)
+    count = sum(p.numel() for p in parameters)
+    return PartSize(name, count, sum(p.numel() * p.element_size() for p in parameters), in_loop)
