@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 # Read by huggingface_hub, transformers and gradio when they are imported, hence before any of them is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,7 +25,7 @@ LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "")
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that reaches for the network fails, wherever it runs; the machine's own ports are free to use."""
+    """A test that reaches for the network fails, wherever it runs; the machine's own ports are free."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: object) -> None:
@@ -33,3 +34,41 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder with random weights, from the parts of tests/tiny.py and tests/tiny_faces.py."""
+    from tests import tiny, tiny_faces
+    from withanyone import FaceAnalyzer, WithAnyonePipeline
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    adapter = tiny.face_adapter()
+    torch.manual_seed(0)
+    for name, weight in adapter.named_parameters():
+        if name.endswith("to_out.weight"):  # a new adapter starts without effect
+            torch.nn.init.normal_(weight, std=0.3)
+    pipe = WithAnyonePipeline(
+        **tiny.flux_components(),
+        image_encoder=tiny.image_encoder(),
+        feature_extractor=tiny.feature_extractor(),
+        face_adapter=adapter,
+        face_analyzer=FaceAnalyzer.from_pretrained(tiny_faces.write_pack(folder / "pack")),
+        sampling_defaults={"height": 64, "width": 64, "num_inference_steps": 2},
+    )
+    pipe.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def painted_photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four photos in which `tiny_model` finds one face each; the first two show the same identity."""
+    from tests import tiny_faces
+
+    folder = tmp_path_factory.mktemp("painted")
+    paths = []
+    for i, identity in enumerate((1, 1, 2, 3)):
+        box = (20 + 4 * i, 16, 90 + 4 * i, 104)
+        paths.append(folder / f"person_{identity}_{i}.png")
+        tiny_faces.paint_face(tiny_faces.blank(), box, identity).save(paths[-1])
+    return paths
