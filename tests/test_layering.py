@@ -16,7 +16,7 @@ PARTS = (
 FACES = {"withanyone.faces"}
 ADAPTER = {"withanyone.layout", "withanyone.adapter", "withanyone.checkpoint"}
 CORE = FACES | ADAPTER | {"withanyone", "withanyone.flow", "withanyone.arcface", "withanyone.pipeline"}
-CORE |= {"withanyone.settings"}
+CORE |= {"withanyone.settings", "withanyone.loading"}
 # The longest name that begins a module's own decides what of this repository it may import.
 MAY_IMPORT = {
     "withanyone.flow": set(),

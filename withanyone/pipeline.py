@@ -1,0 +1,528 @@
+"""WithAnyonePipeline: FLUX.1 with faces.
+
+What happens in one call:
+
+    pipe() -> check_face_inputs -> encode_faces -> FaceAnalyzer.detect -> FaceAdapter.encode -> FluxPipeline()
+
+The faces reach the transformer as an argument, `joint_attention_kwargs["ip_hidden_states"]`, read by the
+hooks that `FaceAdapter.attach` put after its blocks when the pipeline was built. The denoising loop is
+FluxPipeline's own, so all that it offers (LoRA, negative prompts, callbacks, offloading, quantised
+transformers, step caches) works unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+)
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.pipelines.flux import FluxPipelineOutput
+from diffusers.utils.torch_utils import get_module_execution_device
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer, SiglipVisionModel, T5EncoderModel, T5TokenizerFast
+from transformers.image_processing_utils import BaseImageProcessor
+
+from . import flow, layout
+from .adapter import CONDITIONING_KEY, FaceAdapter
+from .faces import Face, FaceAnalyzer, ImageSource
+from .loading import LoadingMixin
+
+Person = ImageSource | Face | Sequence[ImageSource | Face]
+
+# The released demo's settings (method facts, section 2). height and width None: FluxPipeline's own, 1024 px
+# with FLUX.1's VAE.
+RELEASED_SAMPLING: dict[str, Any] = {
+    "height": None,
+    "width": None,
+    "num_inference_steps": 25,
+    "guidance_scale": 4.0,
+    "true_cfg_scale": 1.0,
+    "faces_in_negative": True,
+    "id_scale": 0.0,
+    "siglip_scale": 1.0,
+}
+
+
+def slider_scales(similarity: float = 1.0, diversity: float = 0.0) -> tuple[float, float]:
+    """(id_scale, siglip_scale) of two sliders.
+
+        siglip_scale = similarity * (1 - diversity),   id_scale = similarity * diversity
+
+    `similarity` in [0, 1.5] is the faces' total strength. `diversity` in [0, 1] is the share of the branch
+    that sees the identity alone: 0 keeps more of the photo ("resemblance in form"), 1 frees hair, make-up,
+    expression and style ("resemblance in spirit"). At similarity 1 it is the released demo's one slider,
+    s = 1 - diversity.
+    """
+    similarity = _number("similarity", similarity, 0.0, 1.5)
+    diversity = _number("diversity", diversity, 0.0, 1.0)
+    return similarity * diversity, similarity * (1.0 - diversity)
+
+
+def combine_photos(embeddings: np.ndarray) -> tuple[np.ndarray, int]:
+    """One embedding for several photos of one person, and the index of the most typical photo.
+
+        embedding = mean|e_p| * m / |m|,   m = mean(e_p / |e_p|),   typical = argmax_p cos(e_p, m)
+
+    embeddings: (P, D) raw. The identity is an embedding's direction, and what differs between photos of a
+    person (pose, light, expression) averages out of the mean direction. Unit vectors are averaged, since
+    the norm says how clear a photo is, lest one sharp photo outvote the rest; the mean then gets the
+    photos' mean norm, because the adapter was trained on raw embeddings and never saw shorter ones. Image
+    features cannot be averaged so (a token stands for a place in one crop, and places of two crops do not
+    agree), and more tokens than one photo's would be new to the adapter too, so they come from one photo:
+    the one nearest to the mean.
+
+    A single photo's embedding is returned as it is.
+    """
+    if len(embeddings) == 1:
+        return embeddings[0], 0
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)  # (P, 1)
+    units = embeddings / norms  # (P, D)
+    mean = units.mean(axis=0)  # (D,)
+    length = np.linalg.norm(mean)
+    if length < 1e-6:
+        raise ValueError("the photos' embeddings cancel out: they show different people; give one person's.")
+    return (norms.mean() * mean / length).astype(embeddings.dtype), int(np.argmax(units @ mean))
+
+
+@dataclass
+class WithAnyonePipelineOutput(FluxPipelineOutput):
+    """`images` as in FluxPipelineOutput; `bboxes`: each person's (x1, y1, x2, y2) in output pixels."""
+
+    bboxes: list[layout.BBox] | None = None
+
+
+class WithAnyonePipeline(LoadingMixin, FluxPipeline):
+    """Pictures of particular people from a prompt and their photos, on FLUX.1.
+
+    Components beyond FluxPipeline's; None where a pipeline goes without:
+
+        face_adapter       FaceAdapter; attached to the transformer when the pipeline is built
+        face_analyzer      FaceAnalyzer; finds and recognises the faces of photos
+        image_encoder      SiglipVisionModel; sees the face crops, for the adapter's sig branch
+        feature_extractor  SigLIP's image processor; prepares the crops
+
+    timestep_shift: the noise schedule that the weights were made for, "released" (the released demo's) or
+    "flux" (FLUX.1's own). Without effect where the scheduler does not shift by size, as FLUX.1 [schnell]'s.
+    sampling_defaults: what an argument of the call that is None means; keys as in RELEASED_SAMPLING, whose
+    values fill the rest.
+    The VAE may be any class with AutoencoderKL's interface.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->transformer->vae"
+    # Works inside the transformer's forward, so it stays where the transformer runs.
+    _exclude_from_cpu_offload = ["face_adapter"]
+    _optional_components = ["image_encoder", "feature_extractor", "face_adapter", "face_analyzer"]
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL | ModelMixin,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5TokenizerFast,
+        transformer: FluxTransformer2DModel,
+        image_encoder: SiglipVisionModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        face_adapter: FaceAdapter | None = None,
+        face_analyzer: FaceAnalyzer | None = None,
+        timestep_shift: str = "released",
+        sampling_defaults: dict | None = None,
+    ):
+        super().__init__(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        if timestep_shift not in flow.TIMESTEP_SHIFTS:
+            allowed = ", ".join(map(repr, flow.TIMESTEP_SHIFTS))
+            raise ValueError(f"`timestep_shift` is {timestep_shift!r}; use one of {allowed}.")
+        defaults = dict(sampling_defaults or {})
+        if unknown := sorted(defaults.keys() - RELEASED_SAMPLING.keys()):
+            raise ValueError(f"`sampling_defaults` has {unknown}; known are {sorted(RELEASED_SAMPLING)}.")
+        self.register_modules(face_adapter=face_adapter, face_analyzer=face_analyzer)
+        self.register_to_config(
+            timestep_shift=timestep_shift, sampling_defaults={**RELEASED_SAMPLING, **defaults}
+        )
+        if face_adapter is not None and transformer is not None:
+            self._attach_adapter()
+
+    # Faces
+
+    def find_faces(self, faces: Sequence[Person]) -> list[list[Face]]:
+        """The face in every photo of every person: one list a person.
+
+        faces: one entry a person, as in `__call__`. Of several faces in a photo the largest is taken, and
+        logged.
+
+        Raises:
+            ValueError: an entry without a face, that is no photo, or that cannot be searched; it is named.
+        """
+        single = (str, bytes, os.PathLike, Image.Image, np.ndarray, Face)
+        if isinstance(faces, single) or not isinstance(faces, Sequence):
+            raise ValueError(
+                f"`faces` is a {type(faces).__name__}; give a list with one entry a person, `faces=[photo]` "
+                "for one."
+            )
+        if len(faces) == 0:
+            raise ValueError("`faces` is empty; give a photo (or Face) a person, or None for no faces.")
+        people = []
+        for i, entry in enumerate(faces):
+            if not isinstance(entry, (list, tuple)):
+                people.append([self._find_face(entry, f"faces[{i}]")])
+                continue
+            if len(entry) == 0:
+                raise ValueError(f"`faces[{i}]` is an empty list; give at least one photo of that person.")
+            people.append([self._find_face(photo, f"faces[{i}][{p}]") for p, photo in enumerate(entry)])
+        return people
+
+    def _find_face(self, photo: ImageSource | Face, name: str) -> Face:
+        if not isinstance(photo, Face):
+            if self.face_analyzer is None:
+                raise ValueError(
+                    f"`{name}` is a photo, but this pipeline has no `face_analyzer` to find the face; load "
+                    "it with one (`face_analyzer=FaceAnalyzer.from_pretrained(folder)`), or give a Face."
+                )
+            photo = self.face_analyzer.largest_face(photo, name)
+        wanted = self.face_adapter.config.embedding_dim
+        embedding = np.asarray(photo.embedding)
+        if embedding.shape != (wanted,) or not np.isfinite(embedding).all() or not embedding.any():
+            raise ValueError(
+                f"`{name}` has an embedding of shape {embedding.shape}, not {wanted} finite numbers; use the "
+                "face models that the adapter was trained with."
+            )
+        return photo
+
+    @torch.no_grad()
+    def encode_faces(
+        self, faces: Sequence[Person], with_image_features: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `FaceAdapter.encode` takes: embeddings (1, F, 512), image features (1, F, T, C) or None.
+
+        faces: one entry for each of F people, as in `__call__`; `combine_photos` makes one person of
+        several photos.
+        with_image_features: False leaves out the image encoder, which the arc branch alone does not need.
+        """
+        embeddings, crops = [], []
+        for i, photos in enumerate(self.find_faces(faces)):
+            try:
+                embedding, typical = combine_photos(np.stack([face.embedding for face in photos]))
+            except ValueError as error:
+                raise ValueError(f"`faces[{i}]`: {error}") from error
+            embeddings.append(embedding)
+            crops.append(photos[typical].face_crop)
+        embeddings = torch.from_numpy(np.stack(embeddings))[None]  # (1, F, 512)
+        if not with_image_features:
+            return embeddings, None
+        if self.image_encoder is None or self.feature_extractor is None:
+            raise ValueError(
+                "`siglip_scale` is not 0, but this pipeline has no `image_encoder` and `feature_extractor`; "
+                "load it with them, or call it with `siglip_scale=0.0, id_scale=1.0`."
+            )
+        pixels = self.feature_extractor(images=crops, return_tensors="pt").pixel_values  # (F, 3, H, W)
+        pixels = pixels.to(get_module_execution_device(self.image_encoder), self.image_encoder.dtype)
+        features = self.image_encoder(pixels).last_hidden_state  # (F, T, C)
+        return embeddings, features[None]  # (1, F, T, C)
+
+    # The call
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        faces: Sequence[Person] | None = None,
+        bboxes: Sequence[Sequence[float]] | None = None,
+        *,
+        id_scale: float | None = None,
+        siglip_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        faces_in_negative: bool | None = None,
+        sigmas: Sequence[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        **kwargs,
+    ) -> WithAnyonePipelineOutput | tuple:
+        """Make pictures of the people in `faces`.
+
+        Arguments that are None take `config.sampling_defaults`. Those not told here, and `kwargs`, are
+        FluxPipeline's.
+
+        Args:
+            prompt: a text, or a list of texts: a picture of each (times `num_images_per_prompt`), all with
+                the same faces in the same boxes.
+            faces: one entry a person: a photo (path, file's bytes, PIL image, RGB array), a `Face`, or a
+                list of several photos of that person (see `combine_photos`). None: a picture by FLUX.1 alone.
+            bboxes: one box (x1, y1, x2, y2) a person, in pixels of the output: where the face shall be.
+                None: a default layout for 1 to 8 people.
+            id_scale: strength of the branch that sees the identity alone; `slider_scales` makes both.
+            siglip_scale: strength of the branch that sees the photo too. Both 0: a picture by FLUX.1 alone.
+            height, width: pixels, multiples of 16 (twice the VAE's factor).
+            true_cfg_scale: above 1, each step has a second pass with `negative_prompt` (None: an empty one),
+                and goes from that pass's result towards and past the first's, this many times as far.
+            faces_in_negative: whether the faces act in that second pass too. If so, guidance sharpens what
+                the prompt alone says; if not, the faces as well.
+            sigmas: shares of noise before the timestep shift, in place of `num_inference_steps` even ones.
+
+        Returns:
+            WithAnyonePipelineOutput, or (images,) without `return_dict`.
+
+        Raises:
+            ValueError: what does not fit; the message names the argument and the remedy.
+        """
+        # 1. What None means.
+        settings = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "true_cfg_scale": true_cfg_scale,
+            "faces_in_negative": faces_in_negative,
+            "id_scale": id_scale,
+            "siglip_scale": siglip_scale,
+        }
+        defaults = self.config.sampling_defaults
+        settings = {name: defaults[name] if value is None else value for name, value in settings.items()}
+        side = self.default_sample_size * self.vae_scale_factor
+        settings |= {name: side for name in ("height", "width") if settings[name] is None}
+        height, width, true_cfg_scale = (settings[name] for name in ("height", "width", "true_cfg_scale"))
+
+        # 2. Check what FluxPipeline does not.
+        self.check_face_inputs(faces, bboxes, settings, joint_attention_kwargs, kwargs)
+        id_scale, siglip_scale = settings.pop("id_scale"), settings.pop("siglip_scale")
+        faces_in_negative = settings.pop("faces_in_negative")
+
+        # 3. Encode the faces, once for all steps.
+        attention_kwargs = dict(joint_attention_kwargs or {})
+        if faces is not None:
+            # Finding faces comes first: it is also the check of what `faces` holds.
+            faces = self.find_faces(faces)
+            if bboxes is None:
+                bboxes = layout.default_bboxes(len(faces), height, width)
+            patch = self.face_adapter.config.pixels_per_token
+            bboxes = layout.check_bboxes(bboxes, height, width, num_people=len(faces), pixels_per_token=patch)
+        if faces is not None and (id_scale > 0 or siglip_scale > 0):
+            self._attach_adapter()
+            self.face_adapter.to(self._execution_device)
+            embeddings, image_features = self.encode_faces(faces, with_image_features=siglip_scale > 0)
+            attention_kwargs[CONDITIONING_KEY] = self.face_adapter.encode(
+                embeddings,
+                image_features,
+                [bboxes],
+                height,
+                width,
+                id_scale=id_scale,
+                siglip_scale=siglip_scale,
+            )
+
+        # 4. True guidance: a negative prompt for every prompt, and the faces in it or not.
+        if true_cfg_scale > 1 and kwargs.get("negative_prompt_embeds") is None:
+            negative_prompt = self._negative_prompts(negative_prompt, prompt, kwargs.get("prompt_embeds"))
+        no_faces_in_negative = contextlib.nullcontext()
+        if true_cfg_scale > 1 and not faces_in_negative and CONDITIONING_KEY in attention_kwargs:
+            no_faces_in_negative = _faces_in_positive_pass_only(self.transformer)
+
+        # 5. Hand over to FluxPipeline.
+        if max_sequence_length is None:
+            max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
+        with no_faces_in_negative:
+            (images,) = super().__call__(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                sigmas=self._sigmas(sigmas, settings["num_inference_steps"], height, width),
+                generator=generator,
+                num_images_per_prompt=num_images_per_prompt,
+                output_type=output_type,
+                return_dict=False,
+                joint_attention_kwargs=attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+                max_sequence_length=max_sequence_length,
+                **settings,
+                **kwargs,
+            )
+        return WithAnyonePipelineOutput(images=images, bboxes=bboxes) if return_dict else (images,)
+
+    def check_face_inputs(
+        self,
+        faces: Sequence[Person] | None,
+        bboxes: Sequence[Sequence[float]] | None,
+        settings: Mapping[str, Any],
+        joint_attention_kwargs: Mapping[str, Any] | None,
+        flux_kwargs: Mapping[str, Any],
+    ) -> None:
+        """Raise a ValueError that names the argument and the remedy.
+
+        settings: the call's arguments named in `sampling_defaults`. What FluxPipeline checks itself, and
+        what is in `faces` and `bboxes`, is not looked at here.
+        """
+        multiple = self.vae_scale_factor * 2
+        for name in ("height", "width"):
+            value = settings[name]
+            if not _is_whole(value) or value < multiple:
+                raise ValueError(f"`{name}` is {value!r}; give whole pixels, a multiple of {multiple}.")
+            if value % multiple:
+                below = value - value % multiple
+                raise ValueError(
+                    f"`{name}` is {value}; give a multiple of {multiple}, the nearest are {below} and "
+                    f"{below + multiple}."
+                )
+        if not _is_whole(settings["num_inference_steps"]) or settings["num_inference_steps"] < 1:
+            steps = settings["num_inference_steps"]
+            raise ValueError(f"`num_inference_steps` is {steps!r}; give a whole number of at least 1.")
+        for name in ("id_scale", "siglip_scale", "guidance_scale", "true_cfg_scale"):
+            _number(name, settings[name], 0.0)
+        if faces is None:
+            if bboxes is not None:
+                raise ValueError("`bboxes` are given without `faces`; give a photo (or Face) for each box.")
+            return
+        if self.face_adapter is None:
+            raise ValueError(
+                "`faces` are given, but this pipeline has no `face_adapter`; load it with one "
+                "(`face_adapter=FaceAdapter.from_single_file('withanyone.safetensors')`)."
+            )
+        if CONDITIONING_KEY in (joint_attention_kwargs or {}):
+            raise ValueError(
+                f"`joint_attention_kwargs` has `{CONDITIONING_KEY}`, which `faces` fill in; give one of them."
+            )
+        for name, value in flux_kwargs.items():
+            if "ip_adapter_image" in name and value is not None:
+                raise ValueError(
+                    f"`{name}` is given together with `faces`, but diffusers' IP-Adapter and the face "
+                    f"adapter enter the transformer at the same place; leave out `{name}` or `faces`."
+                )
+
+    def _negative_prompts(
+        self, negative_prompt: str | list[str] | None, prompt: str | list[str] | None, prompt_embeds: Any
+    ) -> str | list[str]:
+        """A negative prompt for every prompt: one for all is repeated, none is an empty one."""
+        negative_prompt = negative_prompt or ""
+        if isinstance(prompt, str) or not isinstance(negative_prompt, str):
+            return negative_prompt
+        prompts = prompt_embeds if prompt is None else prompt
+        return [negative_prompt] * (1 if prompts is None else len(prompts))
+
+    def _sigmas(
+        self, sigmas: Sequence[float] | None, num_inference_steps: int, height: int, width: int
+    ) -> list[float] | None:
+        """`sigmas` for FluxPipeline, such that the shift it adds leads to `timestep_shift`'s schedule."""
+        config = self.scheduler.config
+        if self.config.timestep_shift == "flux" or not config.get("use_dynamic_shifting", False):
+            return None if sigmas is None else list(sigmas)
+        exponential = config.get("time_shift_type", "exponential") == "exponential"
+        if not exponential or config.get("use_flow_sigmas", False):
+            raise ValueError(
+                "`timestep_shift` is 'released', which needs a `scheduler` that shifts exponentially "
+                "(`time_shift_type='exponential'`, no `use_flow_sigmas`); use FLUX.1's, or 'flux'."
+            )
+        line = {
+            "pixels_per_token": self.vae_scale_factor * 2,
+            "base_seq_len": config.get("base_image_seq_len", 256),
+            "max_seq_len": config.get("max_image_seq_len", 4096),
+            "base_shift": config.get("base_shift", 0.5),
+            "max_shift": config.get("max_shift", 1.15),
+        }
+        mu, flux_mu = (flow.shift_mu(height, width, shift, **line) for shift in ("released", "flux"))
+        if sigmas is None:
+            return flow.pipeline_sigmas(num_inference_steps, mu, flux_mu)
+        return flow.shift_sigmas(torch.as_tensor(sigmas, dtype=torch.float64), mu - flux_mu).tolist()
+
+    # Where things run
+
+    def _attach_adapter(self) -> None:
+        """Attach the adapter to the transformer, unless it is already."""
+        transformer = getattr(self.transformer, "_orig_mod", self.transformer)
+        if transformer is not self.transformer and not self.face_adapter.is_attached(transformer):
+            raise ValueError(
+                "The `transformer` was compiled before the face adapter was attached and would run without "
+                "faces; build the pipeline first, then compile."
+            )
+        self.face_adapter.attach(transformer)
+
+    def enable_group_offload(
+        self, onload_device: torch.device, *args, exclude_modules: str | Sequence[str] | None = None, **kwargs
+    ) -> None:
+        """As DiffusionPipeline's; the face adapter stays on `onload_device`: it works in the transformer."""
+        exclude = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        super().enable_group_offload(
+            onload_device, *args, exclude_modules=[*exclude, *self._exclude_from_cpu_offload], **kwargs
+        )
+
+
+class _PositivePassOnly(ModelHook):
+    """Takes the faces out of the transformer's arguments in the pass that FluxPipeline calls "uncond"."""
+
+    _is_stateful = True  # so that the transformer's `cache_context` tells `passes` which pass it is
+
+    def __init__(self):
+        super().__init__()
+        self.passes = StateManager(BaseState)
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.passes.reset()
+        return module
+
+    def pre_forward(self, module: torch.nn.Module, *args, **kwargs) -> tuple[tuple, dict]:
+        if self.passes.context.name == "uncond":
+            attention_kwargs = dict(kwargs["joint_attention_kwargs"])
+            del attention_kwargs[CONDITIONING_KEY]
+            kwargs["joint_attention_kwargs"] = attention_kwargs
+        return args, kwargs
+
+
+@contextlib.contextmanager
+def _faces_in_positive_pass_only(transformer: torch.nn.Module) -> Iterator[None]:
+    if hasattr(transformer, "_orig_mod"):
+        raise ValueError(
+            "`faces_in_negative` is False, which a `transformer` compiled as a whole cannot follow; use "
+            "`pipe.transformer.compile_repeated_blocks(fullgraph=True)` in place of `torch.compile`."
+        )
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(_PositivePassOnly(), "withanyone_positive_pass_only")
+    try:
+        yield
+    finally:
+        registry.remove_hook("withanyone_positive_pass_only", recurse=False)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """`value` as a float within [low, high], or a ValueError."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        wanted = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"`{name}` is {value!r}; give a finite number {wanted}.")
+    return float(value)
