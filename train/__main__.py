@@ -1,0 +1,158 @@
+"""Command line of training: `python -m train --config PHASE.yaml [PHASE.yaml ...] [key=value ...]`.
+
+Several phases run in turn, each going on from the last one's adapter. The same command again goes on where the
+run was; a finished phase is passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from .config import TrainConfig, dump_config, load_config
+
+logger = logging.getLogger("train")
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the phase's last checkpoint is at its last step, and the adapter written."""
+    from .checkpoints import find_checkpoint, load_checkpoint
+
+    folder = find_checkpoint(Path(config.output_dir) / "checkpoints", config.resume_from_checkpoint)
+    if folder is None or not (Path(config.output_dir) / "adapter" / "config.json").exists():
+        return False
+    return load_checkpoint(folder)[1]["step"] >= config.max_train_steps
+
+
+def chain(paths: list[str], overrides: list[str]) -> list[TrainConfig]:
+    """The phases' configs; a phase that names no `init_from` goes on from the one before it."""
+    configs: list[TrainConfig] = []
+    for path in paths:
+        config = load_config(path, overrides)
+        if configs and config.init_from is None:
+            config = dataclasses.replace(config, init_from=str(Path(configs[-1].output_dir) / "adapter"))
+        configs.append(config)
+    folders = [config.output_dir for config in configs]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"`output_dir` is the same for several phases: {folders}.")
+    return configs
+
+
+def run(args: argparse.Namespace) -> None:
+    configs = chain(args.config, args.overrides)
+    if args.dry_run:
+        for config in configs:
+            print(dump_config(config))
+        return
+    for config in configs:
+        missing = [n for n in ("pretrained", "shards", "output_dir") if not getattr(config, n)]
+        if missing:
+            raise ValueError(
+                f"no value for {', '.join(f'`{n}`' for n in missing)}: give key=value on the command line."
+            )
+        if is_finished(config):
+            logger.info("%s is finished, passed over", config.output_dir)
+            continue
+        from .trainer import Trainer
+
+        Trainer(config).train()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Prints how many records of each kind are good, and the others by reason."""
+    from .catalogue import SUBSETS, build_catalogue
+    from .shards import REASONS, list_shards
+
+    bad: Counter[str] = Counter()
+    for name, folder in SUBSETS.items():
+        shards = list_shards(f"{args.shards.rstrip('/')}/{folder}")
+        catalogue = build_catalogue(shards, paired=name == "cp")
+        bad.update(catalogue.bad)
+        print(f"{folder}: {len(shards)} shards, {len(catalogue)} good records, {len(catalogue.kps)} faces")
+    for reason, count in bad.most_common():
+        print(f"{count:8d} {reason}: {REASONS[reason]}")
+
+
+def references(args: argparse.Namespace) -> None:
+    """Builds the reference bank, with the image features of every face crop if asked."""
+    from withanyone import FaceAnalyzer
+
+    from .references import REFERENCE_TARS, build_bank, cache_features
+    from .shards import list_shards
+
+    analyzer = find_face = None
+    if args.pretrained:
+        analyzer = FaceAnalyzer.from_pretrained(args.pretrained, subfolder="face_analyzer")
+
+        def find_face(image):  # noqa: ANN001, ANN202
+            faces = analyzer.detect(image, max_faces=1)
+            return (faces[0].bbox, faces[0].embedding) if faces else None
+
+    out = Path(args.out or Path(args.shards) / ".train_cache" / "bank")
+    bank, bad = build_bank(
+        list_shards(f"{args.shards.rstrip('/')}/{REFERENCE_TARS}"), out, find_face=find_face
+    )
+    print(f"{out}: {len(bank)} photos of {len(bank.names)} people; left out: {bad or 'none'}")
+    if args.features:
+        if analyzer is None:
+            raise ValueError("`--features` needs `--pretrained`: the pipeline folder with the image encoder.")
+        import torch
+        from transformers import SiglipImageProcessor, SiglipVisionModel
+
+        from withanyone.faces import crop_face
+
+        encoder = SiglipVisionModel.from_pretrained(args.pretrained, subfolder="image_encoder").eval()
+        processor = SiglipImageProcessor.from_pretrained(args.pretrained, subfolder="feature_extractor")
+
+        @torch.no_grad()
+        def encode(crops):  # noqa: ANN001, ANN202
+            return encoder(processor(crops, return_tensors="pt").pixel_values).last_hidden_state.numpy()
+
+        bank = cache_features(bank, out, encode, lambda photo, box: crop_face(photo, box, analyzer.crop_size))
+        print(f"{out}: image features {bank.features.shape} {bank.features.dtype}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if argv and argv[0] == "check":
+        parser = argparse.ArgumentParser(prog="python -m train check", description=check.__doc__)
+        parser.add_argument("--shards", required=True, help="folder with train_rec, train_cp and ref")
+        check(parser.parse_args(argv[1:]))
+        return
+    if argv and argv[0] == "references":
+        parser = argparse.ArgumentParser(prog="python -m train references", description=references.__doc__)
+        parser.add_argument("--shards", required=True, help="folder with ref/tars")
+        parser.add_argument("--out", help="the bank's folder; default: where a run looks for it")
+        parser.add_argument("--pretrained", help="pipeline folder: its face pack finds faces without an .npy")
+        parser.add_argument("--features", action="store_true", help="keep the face crops' image features")
+        references(parser.parse_args(argv[1:]))
+        return
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--config", nargs="+", required=True, help="phase files, run in turn")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("overrides", nargs="*", default=[], help="key=value, for all phases")
+    args, rest = parser.parse_known_args(argv)
+    # `--config a.yaml key=value`: what has an equals sign is an override, wherever it stands
+    args.overrides += [item for item in (*args.config, *rest) if "=" in item]
+    args.config = [item for item in args.config if "=" not in item]
+    unknown = [item for item in rest if "=" not in item or item.startswith("-")]
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    try:
+        run(args)
+    except ValueError as error:
+        if args.dry_run:
+            parser.error(str(error))
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The catalogue: every good record of a set of shards, where its bytes lie, and what was wrong with the others.
+
+Built once by a pass over the shards, kept as arrays in a folder, rebuilt when a shard changed. It makes the
+order of samples a matter of numbers alone (a permutation of record numbers, whatever the number of shards,
+workers or machines), and the place in the data stream a single counter.
+
+Landmarks of the targets are found in the same pass: taken from the record where it carries them, else detected
+once and matched to the record's boxes by overlap. A face without a match has NaN landmarks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .shards import (
+    REASONS,
+    BadRecord,
+    Member,
+    Record,
+    ShardReader,
+    check_boxes,
+    decode_image,
+    file_stamp,
+    group_members,
+    image_size,
+    list_shards,
+    parse_record,
+    parse_sides,
+    scan_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+SUBSETS = {"rec": "train_rec", "cp": "train_cp"}  # reconstruction; identified and paired (copy-paste) data
+PARTS = ("image", "json", "npy")
+VERSION = 1
+MATCH_IOU = 0.4
+
+# a picture (H, W, 3) uint8 -> boxes (M, 4), landmarks (M, 5, 2)
+LandmarkDetector = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes (N, 4) and (M, 4), xyxy: (N, M)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    common = np.clip(high - low, 0, None).prod(-1)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).clip(min=0).prod(-1) for x in (a, b))
+    return common / np.maximum(area_a[:, None] + area_b[None] - common, 1e-9)
+
+
+def match_landmarks(
+    bboxes: np.ndarray, found_bboxes: np.ndarray, found_kps: np.ndarray, min_iou: float = MATCH_IOU
+) -> np.ndarray:
+    """Landmarks (N, 5, 2) for the boxes (N, 4): of the detection that overlaps most, each used once, best first.
+
+    NaN where no detection overlaps by `min_iou`.
+    """
+    kps = np.full((len(bboxes), 5, 2), np.nan, np.float32)
+    if len(found_bboxes) == 0:
+        return kps
+    overlap = box_iou(bboxes, found_bboxes)  # (N, M)
+    while overlap.max() >= min_iou:
+        person, detection = np.unravel_index(overlap.argmax(), overlap.shape)
+        kps[person] = found_kps[detection]
+        overlap[person], overlap[:, detection] = -1, -1
+    return kps
+
+
+@dataclass
+class Catalogue:
+    """Good records of one subset. Record i: shard `shards[shard[i]]`, member bytes `offsets[i]`, `sizes[i]`."""
+
+    shards: list[str]
+    paired: bool
+    shard: np.ndarray  # (R,) int32
+    keys: np.ndarray  # (R,) text
+    offsets: np.ndarray  # (R, 3) int64: image, json, npy
+    sizes: np.ndarray  # (R, 3) int64
+    width: np.ndarray  # (R,) int32
+    height: np.ndarray  # (R,) int32
+    aesthetics: np.ndarray  # (R,) float32, NaN where unknown
+    face_start: np.ndarray  # (R + 1,) int64: faces of record i are rows face_start[i]:face_start[i + 1] of
+    kps: np.ndarray  # (T, 5, 2) float32, NaN where no landmarks were found
+    names: np.ndarray  # (T,) text, "" where unidentified
+    bad: dict[str, int]  # reason -> records left out
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @property
+    def bad_share(self) -> float:
+        total = len(self) + sum(self.bad.values())
+        return sum(self.bad.values()) / total if total else 0.0
+
+    def faces(self, index: int) -> slice:
+        return slice(int(self.face_start[index]), int(self.face_start[index + 1]))
+
+    def read(self, index: int, reader: ShardReader) -> Record:
+        """Record `index` with the catalogue's landmarks. Raises `BadRecord` where the shard changed since."""
+        path = self.shards[self.shard[index]]
+        parts = {
+            part: reader.read(path, int(self.offsets[index, k]), int(self.sizes[index, k]))
+            for k, part in enumerate(PARTS)
+        }
+        record = parse_record(str(self.keys[index]), parts, paired=self.paired)
+        kps = self.kps[self.faces(index)]
+        if len(kps) != len(record.bboxes):
+            raise BadRecord("length_mismatch", "the shard changed since it was catalogued")
+        record.kps = np.asarray(kps)
+        return record
+
+
+def _read_parts(members: dict[str, Member], path: str, reader: ShardReader) -> dict[str, bytes]:
+    missing = {"image": "missing_image", "json": "missing_json", "npy": "missing_embeddings"}
+    for part, reason in missing.items():
+        if part not in members:
+            raise BadRecord(reason)
+    return {part: reader.read(path, members[part].offset, members[part].size) for part in PARTS}
+
+
+def build_catalogue(
+    shards: Sequence[str],
+    *,
+    paired: bool,
+    known_names: set[str] | None = None,
+    detect: LandmarkDetector | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Catalogue:
+    """One pass over `shards`: every record is read and checked, pictures decoded far enough to see they are whole.
+
+    Args:
+        paired: records must name their people (train_cp).
+        known_names: people with reference photos; a paired record with anybody else is left out.
+        detect: finds faces where a record carries no landmarks; None leaves them NaN.
+        progress: called with (shards done, shards).
+    """
+    rows: dict[str, list] = {
+        k: [] for k in ("shard", "keys", "offsets", "sizes", "wh", "aesthetics", "count")
+    }
+    kps_rows, name_rows, bad = [], [], Counter()
+    for number, path in enumerate(shards):
+        scan, reader = scan_shard(path), ShardReader()
+        bad.update(scan.bad)
+        for key, members in group_members(scan.members).items():
+            try:
+                parts = _read_parts(members, path, reader)
+                sides = parse_sides(parts["json"], parts["npy"], paired=paired)
+                width, height = image_size(parts["image"])
+                check_boxes(sides["bboxes"], width, height)
+                names = sides["names"] or [""] * len(sides["bboxes"])
+                if paired and known_names is not None and not known_names.issuperset(names):
+                    raise BadRecord("name_without_references", ", ".join(set(names) - known_names))
+                kps = sides["kps"]
+                if kps is None and detect is not None:
+                    kps = match_landmarks(sides["bboxes"], *detect(decode_image(parts["image"])))
+                else:
+                    decode_image(parts["image"], check_only=True)
+            except BadRecord as error:
+                logger.debug("%s: %s: %s", path, key, error)
+                bad[error.reason] += 1
+                continue
+            rows["shard"].append(number)
+            rows["keys"].append(key)
+            rows["offsets"].append([members[p].offset for p in PARTS])
+            rows["sizes"].append([members[p].size for p in PARTS])
+            rows["wh"].append((width, height))
+            score = sides["aesthetics_score"]
+            rows["aesthetics"].append(np.nan if score is None else score)
+            rows["count"].append(len(names))
+            kps_rows.append(np.full((len(names), 5, 2), np.nan, np.float32) if kps is None else kps)
+            name_rows.extend(names)
+        reader.close()
+        if progress:
+            progress(number + 1, len(shards))
+    wh = np.array(rows["wh"], np.int32).reshape(-1, 2)
+    return Catalogue(
+        shards=list(shards),
+        paired=paired,
+        shard=np.array(rows["shard"], np.int32),
+        keys=np.array(rows["keys"], dtype=str),
+        offsets=np.array(rows["offsets"], np.int64).reshape(-1, 3),
+        sizes=np.array(rows["sizes"], np.int64).reshape(-1, 3),
+        width=wh[:, 0],
+        height=wh[:, 1],
+        aesthetics=np.array(rows["aesthetics"], np.float32),
+        face_start=np.concatenate([[0], np.cumsum(rows["count"])]).astype(np.int64),
+        kps=np.concatenate(kps_rows).astype(np.float32) if kps_rows else np.zeros((0, 5, 2), np.float32),
+        names=np.array(name_rows, dtype=str),
+        bad=dict(bad),
+    )
+
+
+_ARRAYS = ("shard", "keys", "offsets", "sizes", "width", "height", "aesthetics", "face_start", "kps", "names")
+
+
+def replace_folder(folder: Path, fresh: Path) -> None:
+    """Puts the finished folder `fresh` in the place of `folder`."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(fresh, folder)
+
+
+def save_catalogue(catalogue: Catalogue, folder: str | Path) -> None:
+    """Arrays as `.npy` (opened memory-mapped), the rest as `catalogue.json`; written aside and renamed."""
+    folder = Path(folder)
+    fresh = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for name in _ARRAYS:
+        np.save(fresh / f"{name}.npy", getattr(catalogue, name), allow_pickle=False)
+    info = {
+        "version": VERSION,
+        "paired": catalogue.paired,
+        "shards": catalogue.shards,
+        "stamps": [file_stamp(s) for s in catalogue.shards],
+        "records": len(catalogue),
+        "bad": catalogue.bad,
+    }
+    (fresh / "catalogue.json").write_text(json.dumps(info, indent=1))
+    replace_folder(folder, fresh)
+
+
+def open_catalogue(folder: str | Path) -> Catalogue:
+    """A saved catalogue, its arrays memory-mapped. `ValueError` where a shard changed since."""
+    folder = Path(folder)
+    info = json.loads((folder / "catalogue.json").read_text())
+    if info["version"] != VERSION or info["stamps"] != [file_stamp(s) for s in info["shards"]]:
+        raise ValueError(f"`folder` {folder} is out of date: a shard changed. Delete it to build it again.")
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+    return Catalogue(shards=info["shards"], paired=info["paired"], bad=info["bad"], **arrays)
+
+
+def ensure_catalogue(
+    root: str,
+    subset: str,
+    cache: str | Path,
+    *,
+    known_names: set[str] | None = None,
+    detect: LandmarkDetector | None = None,
+) -> Catalogue:
+    """The catalogue of `root`/train_rec ("rec") or `root`/train_cp ("cp"), built where it is missing or old."""
+    shards = list_shards(f"{root.rstrip('/')}/{SUBSETS[subset]}")
+    if not shards:
+        raise ValueError(
+            f"`shards` {root!r} holds no .tar under {SUBSETS[subset]}/. Expected MultiID-2M's layout: "
+            "train_rec/*.tar, train_cp/*.tar, ref/tars/*.tar."
+        )
+    folder = Path(cache) / f"catalogue_{subset}"
+    if (folder / "catalogue.json").exists():
+        info = json.loads((folder / "catalogue.json").read_text())
+        if info["version"] == VERSION and info["stamps"] == [file_stamp(s) for s in shards]:
+            return open_catalogue(folder)
+        logger.info("%s: shards changed, reading them again", folder)
+    catalogue = build_catalogue(
+        shards,
+        paired=subset == "cp",
+        known_names=known_names if subset == "cp" else None,
+        detect=detect,
+        progress=lambda done, total: logger.info("%s: shard %d of %d read", SUBSETS[subset], done, total),
+    )
+    save_catalogue(catalogue, folder)
+    report = ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in sorted(catalogue.bad.items()))
+    logger.info(
+        "%s: %d records, %d faces, %d without landmarks; left out: %s",
+        SUBSETS[subset], len(catalogue), len(catalogue.kps), int(np.isnan(catalogue.kps).any((1, 2)).sum()),
+        report or "none",
+    )  # fmt: skip
+    return catalogue
