@@ -1,10 +1,11 @@
 """A face pack without trained weights: a detector that finds painted faces exactly, and a random recogniser.
 
-`paint_face` paints a "face", a rectangle of magenta shades whose pattern depends on the identity. The detector's
-weights are set in closed form: it measures how far the magenta reaches to the left, right, top and bottom of each
-anchor, so that box, key points and score follow from the picture, at any size and for any number of faces. It has
-SCRFD's output layout (strides 8, 16, 32, two anchors, nine outputs). The recogniser has random weights, with batch
-statistics from painted faces, so that two pictures of one identity are alike and those of two are not.
+`paint_face` paints a "face", a rectangle of magenta shades whose pattern depends on the identity. The
+detector's weights are set in closed form: it measures how far the magenta reaches to the left, right, top and
+bottom of each anchor, so that box, key points and score follow from the picture, at any size and for any
+number of faces. It has SCRFD's output layout (strides 8, 16, 32, two anchors, nine outputs). The recogniser
+has random weights, with batch statistics from painted faces, so that two pictures of one identity are alike
+and those of two are not.
 
     write_pack(folder)                                  # detection.onnx, recognition.onnx, face_analyzer.json
     picture = blank(256, 256)
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from withanyone.arcface import align_face
+
 KPS_IN_BOX = ((0.30, 0.40), (0.70, 0.40), (0.50, 0.62), (0.35, 0.80), (0.65, 0.80))
 """Key points of a painted face, as shares of its box's width and height."""
 
@@ -43,7 +46,7 @@ def paint_face(image: Image.Image, box: Sequence[float], identity: int = 0) -> I
     """A copy of `image` with the face of `identity` in `box` (x1, y1, x2, y2, cut to whole pixels)."""
     x1, y1, x2, y2 = (int(round(v)) for v in box)
     rng = np.random.default_rng(1000 + identity)
-    pattern = rng.uniform((190, 0, 190), (255, 90, 255), size=(5, 5, 3)).round().astype(np.uint8)
+    pattern = rng.uniform((150, 0, 150), (255, 95, 255), size=(4, 4, 3)).round().astype(np.uint8)
     image = image.convert("RGB")
     image.paste(Image.fromarray(pattern).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR), (x1, y1))
     return image
@@ -56,7 +59,7 @@ def kps_of(box: Sequence[float]) -> np.ndarray:
 
 
 def write_pack(folder: str | Path, seed: int = 0, *, settings: dict | None = None) -> Path:
-    """Write the pack into `folder`; `settings=None` for SETTINGS, {} for a bare insightface pack without JSON."""
+    """Write the pack into `folder`; `settings`: None for SETTINGS, {} for a bare pack without JSON."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     export_detector(MagentaDetector(), folder / "detection.onnx")
@@ -99,7 +102,7 @@ class MagentaDetector(nn.Module):
         return (*scores, *boxes, *points)
 
     def reach(self, inside: Tensor, axis: int, sign: int) -> Tensor:
-        """How many pixels of unbroken magenta lie on one side of each pixel (its own counts where sign is +1)."""
+        """How many pixels of unbroken magenta lie on one side of each pixel, itself included if sign is 1."""
         total = inside if sign > 0 else self.shift(inside, axis, sign, 1)
         full = total
         for k in range(self.doublings):
@@ -120,12 +123,15 @@ class TinyRecognizer(nn.Module):
 
     def __init__(self, width: int = 16):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width),
-            nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.PReLU(2 * width),
-            nn.Conv2d(2 * width, 2 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.PReLU(2 * width),
-            nn.Conv2d(2 * width, 4 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(4 * width), nn.PReLU(4 * width),
-        )  # (B, 4 * width, 7, 7)  # fmt: skip
+        layers, inputs = [], 3
+        for outputs in (width, 2 * width, 2 * width, 4 * width):
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.PReLU(outputs),
+            ]
+            inputs = outputs
+        self.features = nn.Sequential(*layers)  # (B, 4 * width, 7, 7)
         self.whole = nn.Conv2d(4 * width, 4 * width, 7, groups=4 * width, bias=False)
         self.project = nn.Linear(4 * width, 512, bias=False)
         self.norm = nn.BatchNorm1d(512)
@@ -142,16 +148,22 @@ def recognizer(seed: int = 0, people: int = 64) -> TinyRecognizer:
 
 
 def painted_batch(identities: Sequence[int]) -> Tensor:
-    """(B, 3, 112, 112) in [-1, 1]: painted faces as they lie when aligned by KPS_IN_BOX, give or take 6 px."""
+    """(B, 3, 112, 112) in [-1, 1]: aligned faces, painted into boxes of varied sizes and proportions."""
     rng = np.random.default_rng(0)
-    faces = [paint_face(blank(112, 112), rng.uniform(-6, 6, 4) + (12, 11, 100, 112), i) for i in identities]
-    batch = np.stack([np.asarray(face) for face in faces]).astype(np.float32)
-    return torch.from_numpy(batch / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+    pictures, kps = [], []
+    for identity in identities:
+        width, ratio = rng.uniform(40, 90), rng.uniform(1.1, 1.4)
+        corner = rng.uniform(2, (126 - width, 126 - width * ratio))
+        box = np.rint([*corner, corner[0] + width, corner[1] + width * ratio])
+        pictures.append(np.asarray(paint_face(blank(128, 128), box, identity), np.float32) / 127.5 - 1)
+        kps.append(kps_of(box))
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (B, 3, 128, 128)
+    return align_face(images, torch.from_numpy(np.stack(kps)))
 
 
 @torch.no_grad()
 def calibrate(net: nn.Module, batch: Tensor) -> nn.Module:
-    """Give every batch norm the statistics of `batch`, so that no activation explodes; leaves `net` in eval mode."""
+    """Give every batch norm the statistics of `batch`, so that no activation explodes; eval mode."""
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     for norm in norms:
         norm.momentum = None  # a plain average

@@ -1,8 +1,8 @@
 """Face recognition with gradients: the warp to ArcFace's template, and the recogniser as a torch module.
 
 The identity losses compare embeddings of a generated face with those of the target's; their gradients flow
-through `align_face` (a differentiable warp) and through a frozen `Recognizer`, which is built from the same ONNX
-file that `faces.FaceAnalyzer` runs, so there is one network, not two.
+through `align_face` (a differentiable warp) and through a frozen `Recognizer`, which is built from the same
+ONNX file that `faces.FaceAnalyzer` runs, so there is one network, not two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEMPLATE = (
     (41.5493, 92.3655),
     (70.7299, 92.2041),
 )
-"""Where the five landmarks come to lie in an aligned face of 112 x 112 px (insightface's ArcFace template)."""
+"""Where the five landmarks come to lie in an aligned face of 112 x 112 px: insightface's ArcFace template."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -36,10 +36,11 @@ TEMPLATE = (
 
 
 def similarity_transform(kps: Tensor, size: int = TEMPLATE_SIZE) -> Tensor:
-    """The rotation, scale and shift that bring landmarks closest to the template (least squares; Umeyama 1991).
+    """The rotation, scale and shift that bring landmarks closest to the template (Umeyama, 1991).
 
     In the plane this needs no SVD. With centred landmarks p and template points q as complex numbers, the
-    minimiser of sum |a p - q|^2 is a = sum(conj(p) q) / sum |p|^2: its length is the scale, its angle the rotation.
+    minimiser of sum |a p - q|^2 is a = sum(conj(p) q) / sum |p|^2: its length is the scale, its angle the
+    rotation.
 
     Args:
         kps: (B, 5, 2) landmarks in pixels. size: side of the aligned face.
@@ -73,14 +74,16 @@ def align_face(images: Tensor, kps: Tensor, size: int = TEMPLATE_SIZE) -> Tensor
     Bilinear, with pixel centres at whole coordinates (as OpenCV has them), black outside the picture.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1]. kps: (B, 5, 2) landmarks in the images' pixels. size: side of the result.
+        images: (B, 3, H, W) in [-1, 1]. kps: (B, 5, 2) landmarks in the images' pixels. size: side of the
+        result.
 
     Returns:
         (B, 3, size, size) in [-1, 1], of the images' dtype.
     """
     if images.ndim != 4 or len(images) != len(kps):
         raise ValueError(
-            f"`images` has shape {tuple(images.shape)} and `kps` {tuple(kps.shape)}: give (B, 3, H, W) and (B, 5, 2)."
+            f"`images` has shape {tuple(images.shape)} and `kps` {tuple(kps.shape)}: give (B, 3, H, W) and "
+            "(B, 5, 2)."
         )
     dtype = images.dtype
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -110,10 +113,10 @@ def align_face(images: Tensor, kps: Tensor, size: int = TEMPLATE_SIZE) -> Tensor
 class Recognizer(nn.Module):
     """A recogniser's ONNX graph as a torch module: `from_onnx(path)`.
 
-    Aligned faces (B, 3, 112, 112), RGB in [-1, 1], to raw embeddings (B, 512). Always in inference mode (batch
-    statistics are the stored ones, dropout is off), its weights are buffers without gradients, and gradients
-    flow to the input. It computes in the dtype it is cast to (`.to(torch.bfloat16)`), whatever precision the file
-    was stored in.
+    Aligned faces (B, 3, 112, 112), RGB in [-1, 1], to raw embeddings (B, 512). Always in inference mode
+    (batch statistics are the stored ones, dropout is off), its weights are buffers without gradients, and
+    gradients flow to the input. It computes in the dtype it is cast to (`.to(torch.bfloat16)`), whatever
+    precision the file was stored in.
     """
 
     def __init__(
@@ -131,8 +134,8 @@ class Recognizer(nn.Module):
     def forward(self, aligned_faces: Tensor) -> Tensor:
         if aligned_faces.ndim != 4 or aligned_faces.shape[1:] != (3, self.size, self.size):
             raise ValueError(
-                f"`aligned_faces` has shape {tuple(aligned_faces.shape)}: give (B, 3, {self.size}, {self.size}); "
-                "`align_face` makes them."
+                f"`aligned_faces` has shape {tuple(aligned_faces.shape)}: give (B, 3, {self.size}, "
+                f"{self.size}); `align_face` makes them."
             )
         values = {name: getattr(self, buffer) for name, buffer in self._buffer_of.items()}
         values[self._input_name] = aligned_faces.to(self.dtype)
@@ -151,8 +154,8 @@ class Recognizer(nn.Module):
         """Build from an insightface recogniser's ONNX file, in float32.
 
         Raises:
-            ValueError: if the file is missing or damaged, is no recogniser, or uses an operator without an entry
-                in this module's table; the message names it.
+            ValueError: if the file is missing or damaged, is no recogniser, or uses an operator without an
+                entry in this module's table; the message names it.
         """
         import onnx
         from google.protobuf.message import DecodeError
@@ -168,8 +171,8 @@ class Recognizer(nn.Module):
         inputs = [value for value in graph.input if value.name not in weights]
         if len(inputs) != 1 or len(graph.output) != 1:
             raise ValueError(
-                f"`path` {path} has {len(inputs)} inputs and {len(graph.output)} outputs: a recogniser has one of each "
-                "(a file with several outputs is a detector)."
+                f"`path` {path} has {len(inputs)} inputs and {len(graph.output)} outputs: a recogniser has "
+                "one of each (a file with several outputs is a detector)."
             )
         shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
         if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not shape[2]:
@@ -179,8 +182,8 @@ class Recognizer(nn.Module):
         unsupported = sorted({n.op_type for n in graph.node} - set(_OPS) - {"Constant"})
         if unsupported:
             raise ValueError(
-                f"`path` {path} uses the operators {unsupported}, which have no torch counterpart here: supported are "
-                f"{sorted(_OPS)}."
+                f"`path` {path} uses the operators {unsupported}, which have no torch counterpart here: "
+                f"supported are {sorted(_OPS)}."
             )
         nodes = []
         for node in graph.node:

@@ -1,8 +1,8 @@
 """Faces in photos: reading a photo, finding its faces, recognising them.
 
-`FaceAnalyzer` runs a folder of insightface ONNX models (`antelopev2`, `buffalo_l`, or a pack of one's own in the
-same format) and is a component of the pipeline. Images are RGB at this module's border; what insightface wants
-(BGR) stays inside. This is the only module that imports insightface and onnxruntime.
+`FaceAnalyzer` runs a folder of insightface ONNX models (`antelopev2`, `buffalo_l`, or a pack of one's own in
+the same format) and is a component of the pipeline. Images are RGB at this module's border; what insightface
+wants (BGR) stays inside. This is the only module that imports insightface and onnxruntime.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MIN_PHOTO_SIDE = 16
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _READABLE = "JPEG, PNG, WebP, AVIF, BMP, GIF and TIFF"
 
-# What Pillow's readers raise on damaged files (SyntaxError and struct.error included).
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error)
+# What Pillow's readers raise on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError, struct.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 # First bytes (offset, bytes) of files that people take for photos.
@@ -75,8 +75,8 @@ def load_image(source: ImageSource, name: str = "photo") -> Image.Image:
     16 bits) and CMYK (through the embedded colour profile where there is one) are converted.
 
     Args:
-        source: a path, the file's bytes, a PIL image, or an array (H, W), (H, W, 1 | 3 | 4): uint8, uint16, or
-            floats in [0, 1].
+        source: a path, the file's bytes, a PIL image, or an array (H, W), (H, W, 1 | 3 | 4): uint8, uint16,
+            or floats in [0, 1].
         name: what the caller calls this photo; errors name it.
 
     Raises:
@@ -105,7 +105,8 @@ def load_image(source: ImageSource, name: str = "photo") -> Image.Image:
                 f"{label} cannot be opened ({error.strerror}): check its permissions."
             ) from error
     raise ValueError(
-        f"`{name}` is of type {type(source).__name__}: give a path, the file's bytes, a PIL image or a numpy array."
+        f"`{name}` is of type {type(source).__name__}: give a path, the file's bytes, a PIL image or a "
+        "numpy array."
     )
 
 
@@ -141,8 +142,8 @@ def _check_size(size: tuple[int, int], label: str) -> None:
         raise _too_large(label, size)
     if min(size) < MIN_PHOTO_SIDE:
         raise ValueError(
-            f"{label} is {size[0]} x {size[1]} pixels: give a photo of at least {MIN_PHOTO_SIDE} pixels to a side, "
-            "in which the face can be seen."
+            f"{label} is {size[0]} x {size[1]} pixels: give a photo of at least {MIN_PHOTO_SIDE} pixels to "
+            "a side, in which the face can be seen."
         )
 
 
@@ -191,7 +192,8 @@ def _sixteen_bit(image: Image.Image, label: str) -> np.ndarray:
         return values
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f"{label} has grey values from {values.min()} to {values.max()}: save it with 8 or 16 bits a channel."
+            f"{label} has grey values from {values.min()} to {values.max()}: save it with 8 or 16 bits a "
+            "channel."
         )
     return values.astype(np.uint16)
 
@@ -259,8 +261,9 @@ class Face:
 
 
 def crop_face(image: Image.Image, bbox: Sequence[float], size: int) -> Image.Image:
-    """The square crop the released models were trained on: the box cut to whole pixels, its shorter side widened
-    to the longer on both sides, clipped to the photo, and resized to `size` x `size` by Lanczos, no margin."""
+    """The square crop the released models were trained on: the box cut to whole pixels, its shorter side
+    widened to the longer on both sides, clipped to the photo, and resized to `size` x `size` by Lanczos, no
+    margin."""
     x1, y1, x2, y2 = (int(v) for v in bbox)
     wider = (y2 - y1) - (x2 - x1)
     if wider > 0:
@@ -291,8 +294,8 @@ class FaceAnalyzer(FeatureExtractionMixin):
         folder: holds `*.onnx`: a detector in SCRFD's output layout with five key points, and a recogniser
             (square input, one output of 512 numbers). Other models of a pack are not kept in memory.
         det_size: (width, height) in multiples of 32 to which a photo is scaled for the detector; or several
-            such sizes, tried in order until one finds a face (a face that fills the photo is found at a smaller
-            size more easily). The released models were used with 640 x 640.
+            such sizes, tried in order until one finds a face (a face that fills the photo is found at a
+            smaller size more easily). The released models were used with 640 x 640.
         det_thresh: detections of a lower score are dropped; 0.4 as released.
         crop_size: side of `Face.face_crop` in pixels; 512 as released.
         enlarge: whether photos smaller than `det_size` are enlarged to it, as insightface does. False leaves
@@ -374,7 +377,7 @@ class FaceAnalyzer(FeatureExtractionMixin):
             inside = (width >= 1) & (height >= 1)
             order = np.argsort(-((x2 - x1) * (y2 - y1)), kind="stable")
             order = order[inside[order]][:max_faces]
-            aligned = [_norm_crop(bgr, kps[i]) for i in order]
+            aligned = [self._norm_crop(bgr, kps[i]) for i in order]
             embeddings = self._recognize(aligned)  # (n, 512)
         return [
             Face(
@@ -398,8 +401,9 @@ class FaceAnalyzer(FeatureExtractionMixin):
         faces = self.detect(image)
         if not faces:
             raise ValueError(
-                f"{label}: no face found in the {image.width} x {image.height} photo: give a photo in which the face "
-                f"is seen from the front or half from the side, sharp, lit, and not cut off (models: {self.pack})."
+                f"{label}: no face found in the {image.width} x {image.height} photo: give a photo in which "
+                "the face is seen from the front or half from the side, sharp, lit, and not cut off "
+                f"(models: {self.pack})."
             )
         if len(faces) > 1:
             box = [round(float(v)) for v in faces[0].bbox]
@@ -407,28 +411,29 @@ class FaceAnalyzer(FeatureExtractionMixin):
         return faces[0]
 
     def align(self, image: ImageSource, kps: np.ndarray) -> np.ndarray:
-        """(112, 112, 3) uint8 RGB: the face with landmarks `kps` (5, 2) warped to the recogniser's template."""
+        """(112, 112, 3) uint8 RGB: the face with landmarks `kps` (5, 2), warped to ArcFace's template."""
         rgb = np.asarray(load_image(image, "image"))
         kps = np.asarray(kps, dtype=np.float32)
         if kps.shape != (5, 2) or not np.isfinite(kps).all():
             raise ValueError(f"`kps` has shape {kps.shape}: give five finite points, (5, 2).")
         with self._lock:
-            return _norm_crop(rgb, kps)
+            return self._norm_crop(rgb, kps)
 
     def embed(self, aligned_faces: Sequence[np.ndarray]) -> np.ndarray:
-        """(N, 512) float32 raw embeddings of aligned faces, each (112, 112, 3) uint8 RGB, as `align` gives them."""
+        """(N, 512) float32 raw embeddings of faces as `align` gives them, each (112, 112, 3) uint8 RGB."""
         faces = [np.asarray(face) for face in aligned_faces]
         size = self._recognizer.input_size[0]
         for i, face in enumerate(faces):
             if face.shape != (size, size, 3) or face.dtype != np.uint8:
                 raise ValueError(
-                    f"`aligned_faces[{i}]` is {face.dtype} of shape {face.shape}: give uint8 ({size}, {size}, 3), RGB."
+                    f"`aligned_faces[{i}]` is {face.dtype} of shape {face.shape}: give uint8 ({size}, "
+                    f"{size}, 3), RGB."
                 )
         with self._lock:
             return self._recognize([face[:, :, ::-1] for face in faces])
 
     def _find(self, bgr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, 5) boxes with scores and (n, 5, 2) key points, at the first detection size that finds a face."""
+        """(n, 5) boxes with scores, (n, 5, 2) key points, at the first detection size that finds a face."""
         height, width = bgr.shape[:2]
         for size in self.det_size:
             photo = bgr
@@ -442,14 +447,21 @@ class FaceAnalyzer(FeatureExtractionMixin):
                 return bboxes, kps
         return np.empty((0, 5), np.float32), np.empty((0, 5, 2), np.float32)
 
+    def _norm_crop(self, image: np.ndarray, kps: np.ndarray) -> np.ndarray:
+        """insightface's similarity warp to the template, at the recogniser's input size."""
+        from insightface.utils import face_align
+
+        with warnings.catch_warnings():  # insightface 2.1 calls a method that scikit-image has renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            return face_align.norm_crop(image, kps.astype(np.float32), self._recognizer.input_size[0])
+
     def _recognize(self, aligned: list[np.ndarray]) -> np.ndarray:
         """(N, 512) from N aligned BGR faces."""
         if not aligned:
             return np.empty((0, 512), np.float32)
-        batch = self._recognizer.input_shape[0]
-        step = batch if isinstance(batch, int) else len(aligned)
-        if step > 1 and len(aligned) % step:
-            step = 1
+        step = (
+            1 if isinstance(self._recognizer.input_shape[0], int) else len(aligned)
+        )  # a fixed batch is of 1
         parts = [self._recognizer.get_feat(aligned[i : i + step]) for i in range(0, len(aligned), step)]
         return np.concatenate(parts).astype(np.float32)
 
@@ -581,8 +593,8 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
             )
     except (AssertionError, KeyError) as error:
         raise ValueError(
-            f"`{folder}` has no detection model among {[f.name for f in files]}: a detector in SCRFD's layout is "
-            f"needed. {_WHERE_TO_GET}"
+            f"`{folder}` has no detection model among {[f.name for f in files]}: a detector in SCRFD's "
+            f"layout is needed. {_WHERE_TO_GET}"
         ) from error
     except (
         ort.InvalidProtobuf,
@@ -593,14 +605,15 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
         DecodeError,
     ) as error:
         raise ValueError(
-            f"`{folder}` has a damaged model among {[f.name for f in files]} ({error}): copy or download it again."
+            f"`{folder}` has a damaged model among {[f.name for f in files]} ({error}): copy or download it "
+            "again."
         ) from error
     for line in printed.getvalue().splitlines():
         logger.debug("insightface: %s", line)
     if "recognition" not in app.models:
         raise ValueError(
-            f"`{folder}` has no recognition model among {[f.name for f in files]}: a recogniser with a square input "
-            f"and one output is needed. {_WHERE_TO_GET}"
+            f"`{folder}` has no recognition model among {[f.name for f in files]}: a recogniser with a "
+            f"square input and one output is needed. {_WHERE_TO_GET}"
         )
     detector, recognizer = app.det_model, app.models["recognition"]
     if not getattr(detector, "use_kps", False):
@@ -612,12 +625,3 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
     level = logging.WARNING if wanted[0] != active[0] else logging.INFO
     logger.log(level, "Face models of %s run on %s (onnxruntime offers %s).", folder, active, available)
     return detector, recognizer
-
-
-def _norm_crop(image: np.ndarray, kps: np.ndarray) -> np.ndarray:
-    """insightface's similarity warp to the 112 px template."""
-    from insightface.utils import face_align
-
-    with warnings.catch_warnings():  # insightface 2.1 calls a method that scikit-image has renamed
-        warnings.simplefilter("ignore", FutureWarning)
-        return face_align.norm_crop(image, np.asarray(kps, dtype=np.float32), 112)
