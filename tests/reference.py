@@ -1,8 +1,8 @@
 """An independent face adapter, written from the method's equations alone: plain torch, all tokens, masks.
 
-It shares no code with `withanyone`: face tokens, keys and values are computed anew in every block, every image token
-goes through every branch, and a mask says which face tokens it may see. Weights come as a dict in the released key
-layout.
+It shares no code with `withanyone`: face tokens, keys and values are computed anew in every block, every
+image token goes through every branch, and a mask says which face tokens it may see. Weights come as a dict in
+the released key layout.
 """
 
 import math
@@ -39,7 +39,10 @@ def random_checkpoint(
         for i in range(num_blocks):
             name = f"ipa_{branch}.{i}"
             for norm in ("norm1", "norm2"):
-                state |= {f"{name}.{norm}.weight": 1 + small(hidden_size), f"{name}.{norm}.bias": small(hidden_size)}
+                state |= {
+                    f"{name}.{norm}.weight": 1 + small(hidden_size),
+                    f"{name}.{norm}.bias": small(hidden_size),
+                }
             state[f"{name}.to_q.weight"] = linear(inner, hidden_size)
             state[f"{name}.to_kv.weight"] = linear(2 * inner, hidden_size)
             state[f"{name}.to_out.weight"] = linear(hidden_size, inner)
@@ -106,8 +109,13 @@ def run(transformer, state, embeddings, features, bboxes, height, width, id_scal
         for b, boxes in enumerate(bboxes):
             total = torch.zeros_like(x[b])
             for branch, scale in scales.items() if boxes else ():
-                tokens = [face_tokens(state, branch, embeddings[b, f], features[b, f]) for f in range(len(boxes))]
-                allowed = [under_box(box, height, width)[:, None].expand(-1, len(t)) for box, t in zip(boxes, tokens, strict=True)]
+                tokens = [
+                    face_tokens(state, branch, embeddings[b, f], features[b, f]) for f in range(len(boxes))
+                ]
+                allowed = [
+                    under_box(box, height, width)[:, None].expand(-1, len(t))
+                    for box, t in zip(boxes, tokens, strict=True)
+                ]
                 total = total + scale[b] * cross_attention(
                     state, branch, i, x[b], torch.cat(tokens), torch.cat(allowed, dim=1)
                 )

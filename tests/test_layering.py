@@ -14,7 +14,7 @@ PARTS = (
 )
 
 FACES = {"withanyone.faces"}
-ADAPTER = {"withanyone.layout", "withanyone.adapter", "withanyone.checkpoint"}
+ADAPTER = {"withanyone.layout", "withanyone.conditioning", "withanyone.checkpoint", "withanyone.adapter"}
 CORE = FACES | ADAPTER | {"withanyone", "withanyone.flow", "withanyone.arcface", "withanyone.pipeline"}
 CORE |= {"withanyone.settings", "withanyone.loading"}
 # The longest name that begins a module's own decides what of this repository it may import.
@@ -24,15 +24,16 @@ MAY_IMPORT = {
     "withanyone.layout": set(),
     "withanyone.faces": set(),
     "withanyone.arcface": FACES,
-    "withanyone.adapter": {"withanyone.layout"},
-    "withanyone.checkpoint": {"withanyone.adapter"},
+    "withanyone.conditioning": set(),
+    "withanyone.checkpoint": set(),
+    "withanyone.adapter": ADAPTER - {"withanyone.adapter"},
     "withanyone.pipeline": CORE - {"withanyone", "withanyone.pipeline"},
     "withanyone": CORE - {"withanyone"},
     "withanyone.bench": CORE | {"withanyone.bench"},
     "withanyone.mini": CORE | {"withanyone.mini", "withanyone.bench.metrics"},
     "withanyone.cli": CORE | {"withanyone.mini"},
     "train": CORE | {"train", "withanyone.bench.metrics"},
-    "app": CORE | {"withanyone.mini"},
+    "app": CORE | {"withanyone.cli", "withanyone.mini"},
 }
 OWNERS = {  # heavy packages, each behind one door
     "insightface": {"withanyone.faces"},

@@ -1,16 +1,16 @@
-"""The face adapter: face tokens, cross-attention after every block of the transformer, and how it is attached.
+"""The face adapter: face tokens, cross-attention after every block, and how a transformer gets it.
 
 After every block of FLUX.1 the image tokens x (never the text tokens) become
 
     x + id_scale * CA_arc[i](x, arc tokens) + siglip_scale * CA_sig[i](x, sig tokens)
 
-where a token attends only to the faces whose box touches it (method facts, section 2). Module names are those of
-the released checkpoint.
+where a token attends only to the faces whose box touches it (method facts, section 2). Module names are those
+of the released checkpoint.
 
-What is computed when. `encode` runs once a picture: it makes the face tokens and every block's keys and values,
-which depend on no timestep. Each denoising step then gathers the image tokens under boxes, and only those. Where a
-face has few tokens (the arc branch: 8) the query projection is folded into the keys and the output projection into
-the values. A branch whose scale is 0 is not there at all.
+What is computed when. `encode` runs once a picture: it makes the face tokens and every block's keys and
+values, which depend on no timestep. Each denoising step then gathers the image tokens under boxes, and only
+those. Where a face has few tokens (the arc branch: 8) the query projection is folded into the keys and the
+output projection into the values. A branch whose scale is 0 is not there at all.
 
 The conditioning is an argument of the transformer's call, never state of the adapter:
 
@@ -24,8 +24,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from . import checkpoint
+from .conditioning import BranchConditioning, FaceConditioning, TokenGroups, group_tokens
 from .layout import token_mask
 
 logger = logging.getLogger(__name__)
@@ -43,150 +44,11 @@ HOOK_NAME = "withanyone"
 CONDITIONING_KEY = "ip_hidden_states"  # a name that FluxAttention drops quietly
 BRANCHES = ("arc", "sig")
 
-# The bases the adapter knows: their block lists in running order, and where the image tokens stand in the tuple
-# that each block returns.
+# The bases the adapter knows: their block lists in running order, and where the image tokens stand in the
+# tuple that each block returns.
 BASES: dict[str, tuple[tuple[str, int], ...]] = {
     "FluxTransformer2DModel": (("transformer_blocks", 1), ("single_transformer_blocks", 1)),
 }
-
-
-# What travels with a call
-
-
-@dataclass(frozen=True)
-class TokenGroups:
-    """Image tokens under boxes, grouped by the faces they lie under. M tokens, G groups, P faces in the batch.
-
-    Groups are padded to T tokens each for batched attention; `padded` and `slots` are None where all groups have
-    the same size, `faces` where group g sees face g alone, `seen` where every group sees as many faces.
-    """
-
-    tokens: torch.Tensor  # (M,) position among the B * N image tokens, group after group
-    padded: torch.Tensor | None  # (G * T,) which of the M tokens stands in a padded group's slot
-    slots: torch.Tensor | None  # (M,) the slot where each token stands
-    faces: torch.Tensor | None  # (G, S) the faces that a group sees
-    seen: torch.Tensor | None  # (G, S) False where `faces` is padding
-    num_groups: int
-
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (M, C, D), C pictures a row, into padded groups (G, T * C, D)."""
-        if self.padded is not None:
-            x = x.index_select(0, self.padded)  # (G T, C, D)
-        return x.reshape(self.num_groups, -1, x.shape[-1])
-
-    def join(self, x: torch.Tensor, num_copies: int) -> torch.Tensor:
-        """Padded groups (G, T * C, D) back into tokens (M, C, D)."""
-        x = x.reshape(-1, num_copies, x.shape[-1])  # (G T, C, D)
-        return x if self.slots is None else x.index_select(0, self.slots)
-
-    def of_groups(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows per face (P, heads, L, C) to rows per group (G, heads, S * L, C)."""
-        return x if self.faces is None else x[self.faces].transpose(1, 2).flatten(2, 3)
-
-    def mask(self, num_tokens: int) -> torch.Tensor | None:
-        """Which face tokens a group may attend to, (G, 1, 1, S * num_tokens) bool; None: to all."""
-        if self.seen is None:
-            return None
-        return self.seen.repeat_interleave(num_tokens, dim=1)[:, None, None, :]
-
-
-@dataclass(frozen=True)
-class BranchConditioning:
-    """One branch's keys and values of every block, the branch's scale already in the values.
-
-    Folded, they hold `to_q` and `to_out` too and are as wide as the transformer (C = D), else C = head_dim.
-    They are indexed by block: one tensor, or under autograd a tuple of each block's own.
-    """
-
-    keys: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, P, heads, L, C)
-    values: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, P, heads, L, C)
-    folded: bool
-
-
-@dataclass(frozen=True)
-class FaceConditioning:
-    """What a call of the transformer needs to know about faces: made by `FaceAdapter.encode`.
-
-    Passed as `joint_attention_kwargs={"ip_hidden_states": conditioning}`. A batch that is a multiple C of
-    `batch_size` is C pictures of each row, row after row, as `num_images_per_prompt` orders them.
-    """
-
-    batch_size: int
-    num_tokens: int  # image tokens of one picture
-    groups: TokenGroups
-    branches: dict[str, BranchConditioning]  # those with a scale other than 0
-
-    @property
-    def is_empty(self) -> bool:
-        """True where nothing would be added: no face, or both scales 0."""
-        return not self.branches
-
-    def to(self, *args, **kwargs) -> FaceConditioning:
-        """On another device, or with the keys and values in another dtype; arguments as in `torch.Tensor.to`.
-
-        Offloading hooks call this on every argument; what is there already is handed back as it is.
-        """
-        return _map_tensors(self, lambda tensor: _move(tensor, *args, **kwargs))
-
-    def detach(self) -> FaceConditioning:
-        """The same without gradients."""
-        return _map_tensors(self, lambda tensor: tensor.detach())
-
-
-def _move(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """`tensor.to(...)`, but indices keep their dtype."""
-    moved = tensor.to(*args, **kwargs)
-    return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
-
-
-def _map_tensors(value, fn: Callable[[torch.Tensor], torch.Tensor]):
-    """`value` with `fn` applied to every tensor in it; the same object where nothing changed."""
-    if isinstance(value, torch.Tensor):
-        return fn(value)
-    if isinstance(value, tuple):
-        items = tuple(_map_tensors(item, fn) for item in value)
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    if isinstance(value, dict):
-        items = {key: _map_tensors(item, fn) for key, item in value.items()}
-        return value if all(items[key] is value[key] for key in value) else items
-    if isinstance(value, (TokenGroups, BranchConditioning, FaceConditioning)):
-        items = {field.name: _map_tensors(getattr(value, field.name), fn) for field in fields(value)}
-        unchanged = all(items[name] is getattr(value, name) for name in items)
-        return value if unchanged else replace(value, **items)
-    return value
-
-
-def group_tokens(face_mask: torch.Tensor, num_faces: Sequence[int]) -> TokenGroups:
-    """Groups of the image tokens in `face_mask` (B, N, F) that lie under the same faces.
-
-    `num_faces` are the faces of each row; face (b, f) gets number sum(num_faces[:b]) + f among the P of the batch.
-    """
-    face_mask = face_mask.cpu()
-    rows, positions = face_mask.any(-1).nonzero(as_tuple=True)  # (M,) each
-    # One line a token: its row and the faces it is not under, so that groups sort by row, then by first face.
-    lines = torch.cat([rows[:, None], (~face_mask[rows, positions]).long()], dim=1)  # (M, 1 + F)
-    lines, group = lines.unique(dim=0, return_inverse=True)
-    order = group.argsort(stable=True)
-    group, tokens = group[order], (rows * face_mask.shape[1] + positions)[order]
-    sizes = torch.bincount(group, minlength=len(lines))  # (G,)
-
-    padded = slots = None
-    if len(sizes) and sizes.min() != sizes.max():
-        longest = int(sizes.max())
-        starts = sizes.cumsum(0) - sizes
-        slots = group * longest + torch.arange(len(group)) - starts[group]
-        padded = torch.zeros(len(sizes) * longest, dtype=torch.long)
-        padded[slots] = torch.arange(len(group))
-
-    first = [sum(num_faces[:b]) for b in range(len(num_faces))]
-    sets = [[first[row] + f for f, absent in enumerate(line) if not absent] for row, *line in lines.tolist()]
-    faces = seen = None
-    if sets != [[p] for p in range(sum(num_faces))]:
-        most = max(map(len, sets))
-        faces = torch.tensor([s + [s[0]] * (most - len(s)) for s in sets])
-        if min(map(len, sets)) < most:
-            seen = torch.tensor([[k < len(s) for k in range(most)] for s in sets])
-    return TokenGroups(tokens, padded, slots, faces, seen, num_groups=len(sets))
 
 
 # The maths
@@ -195,7 +57,8 @@ def group_tokens(face_mask: torch.Tensor, num_faces: Sequence[int]) -> TokenGrou
 class FaceCrossAttention(nn.Module):
     """CA(x, f): the image tokens x under boxes attend to the tokens f of their faces; no bias, no rotary.
 
-    `norm1` is for the face tokens, `norm2` for the image tokens; heads of `head_dim`, scale 1 / sqrt(head_dim).
+    `norm1` is for the face tokens, `norm2` for the image tokens; heads of `head_dim`, scale 1 /
+    sqrt(head_dim).
     """
 
     def __init__(self, hidden_size: int, inner_dim: int, head_dim: int) -> None:
@@ -213,7 +76,7 @@ class FaceCrossAttention(nn.Module):
         return self._heads(keys), self._heads(values)
 
     def fold(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K W_q / sqrt(d) and V W_o, per head: (P, heads, L, D) each. Then scores and output need no projection."""
+        """K W_q / sqrt(d) and V W_o by head, (P, heads, L, D) each: no projections are left to do."""
         to_q = self.to_q.weight.unflatten(0, (-1, self.head_dim))  # (heads, d, D)
         to_out = self.to_out.weight.T.unflatten(0, (-1, self.head_dim))  # (heads, d, D)
         return keys @ (to_q * self.head_dim**-0.5), values @ to_out
@@ -248,7 +111,7 @@ class FaceCrossAttention(nn.Module):
 
 
 def folding_pays(num_face_tokens: int, head_dim: int) -> bool:
-    """Folded, an image token costs heads * L rows of width D each way, else heads * head_dim: fold well below."""
+    """An image token costs heads * L rows of width D each way folded, heads * head_dim otherwise."""
     return 2 * num_face_tokens <= head_dim
 
 
@@ -258,13 +121,13 @@ def add_faces(
     attentions: dict[str, FaceCrossAttention],
     block: int,
 ) -> torch.Tensor:
-    """`hidden_states` (B * C, N, D) with what block `block` sees of the faces; tokens outside boxes as they were."""
+    """`hidden_states` (B * C, N, D) with what one block sees of the faces; outside boxes as they were."""
     groups, batch_size = conditioning.groups, conditioning.batch_size
     if hidden_states.shape[1] != conditioning.num_tokens or hidden_states.shape[0] % batch_size:
         raise ValueError(
-            f"The transformer runs {hidden_states.shape[0]} pictures of {hidden_states.shape[1]} image tokens, but "
-            f"the faces were encoded for {batch_size} of {conditioning.num_tokens}; call `encode` with the same "
-            "`height` and `width` and one list of boxes for each picture."
+            f"The transformer runs {hidden_states.shape[0]} pictures of {hidden_states.shape[1]} image "
+            f"tokens, but the faces are for {batch_size} of {conditioning.num_tokens}; call `encode` "
+            "with the same `height` and `width` and one list of boxes for each picture."
         )
     # Every row may come in C copies: tokens first, (B N, C, D).
     flat = hidden_states.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(0, 1)
@@ -322,8 +185,8 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         pixels_per_token: pixels of the output along a side of an image token (VAE factor 8, patch 2: 16).
         branches: `("arc", "sig")`, or one of them where a branch is trained apart.
 
-    Defaults are the released weights' (method facts, sections 2 and 7). Untrained, every `to_out` is 0, so the
-    adapter changes nothing.
+    Defaults are the released weights' (method facts, sections 2 and 7). Untrained, every `to_out` is 0, so
+    the adapter changes nothing.
     """
 
     _no_split_modules = ["FaceCrossAttention"]
@@ -418,15 +281,15 @@ class FaceAdapter(ModelMixin, ConfigMixin):
 
         Args:
             embeddings: (B, F, embedding_dim) raw recognition embeddings, F the most faces of a row.
-            image_features: (B, F, S, image_feature_dim) the image encoder's last hidden state of each face crop;
-                may be None where the sig branch has no part.
+            image_features: (B, F, S, image_feature_dim) the image encoder's last hidden state of each face
+                crop; may be None where the sig branch has no part.
             bboxes: B lists of boxes (x1, y1, x2, y2) in output pixels. Row b has len(bboxes[b]) faces, none
                 allowed; what `embeddings` and `image_features` hold beyond them is ignored. Boxes may overlap
                 and are clipped to the picture.
             height, width: the picture's size in pixels, multiples of `pixels_per_token`.
-            id_scale, siglip_scale: strength of the arc and the sig branch, a number or (B,). Default: 0 and 1,
-                the released demo's, or 1 for the branch of a single-branch adapter. A branch that is 0 in all rows
-                is left out.
+            id_scale, siglip_scale: strength of the arc and the sig branch, a number or (B,). Default: 0 and
+                1, the released demo's, or 1 for the branch of a single-branch adapter. A branch that is 0 in
+                all rows is left out.
 
         Raises:
             ValueError: a shape, box or scale that does not fit; the message names it.
@@ -510,8 +373,8 @@ class FaceAdapter(ModelMixin, ConfigMixin):
                 continue
             if branch not in self.branches:
                 raise ValueError(
-                    f"`{name}` is {scale.tolist()}, but this adapter has no {branch} branch; set it to 0 or use an "
-                    "adapter with both branches."
+                    f"`{name}` is {scale.tolist()}, but this adapter has no {branch} branch; set it to 0 or "
+                    "use an adapter with both branches."
                 )
             scales[branch] = scale
         return scales
@@ -521,8 +384,9 @@ class FaceAdapter(ModelMixin, ConfigMixin):
     def attach(self, transformer: nn.Module) -> None:
         """Add the faces after every block of `transformer`, through diffusers' hook registry.
 
-        The transformer stays as it is otherwise: without conditioning its output is bit for bit the base's, and its
-        state dict keeps its keys. Attaching again changes nothing; attaching another adapter replaces the first.
+        The transformer stays as it is otherwise: without conditioning its output is bit for bit the base's,
+        and its state dict keeps its keys. Attaching again changes nothing; attaching another adapter replaces
+        the first.
 
         Raises:
             ValueError: an unknown transformer, one of another width or number of blocks, or one whose blocks
@@ -561,14 +425,13 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         if width != self.config.hidden_size:
             raise ValueError(
-                f"The adapter is for a `transformer` of width {self.config.hidden_size}, this one is {width} wide "
-                f"({transformer.config.num_attention_heads} heads of {transformer.config.attention_head_dim}); use "
-                "the base the adapter was trained on, or an adapter trained on this base."
+                f"The adapter is for a `transformer` of width {self.config.hidden_size}, this one is {width} "
+                "wide; use the base the adapter was trained on, or an adapter trained on this base."
             )
         if num_blocks != self.config.num_blocks:
             raise ValueError(
-                f"The adapter is for a `transformer` of {self.config.num_blocks} blocks, this one has {num_blocks}; "
-                "use the base the adapter was trained on, or an adapter trained on this base."
+                f"The adapter is for a `transformer` of {self.config.num_blocks} blocks, this one has "
+                f"{num_blocks}; use the base the adapter was trained on, or an adapter trained on this base."
             )
 
     # Files
@@ -582,7 +445,7 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         dtype: torch.dtype | None = None,
         pixels_per_token: int | None = None,
     ) -> FaceAdapter:
-        """The adapter in a `.safetensors` file of the released layout, of any width, number of blocks or heads.
+        """The adapter in a `.safetensors` file of the released layout; its sizes are read from the shapes.
 
         Args:
             path: `withanyone.safetensors`, or a training checkpoint of one branch (`ipa.*`).
@@ -591,8 +454,9 @@ class FaceAdapter(ModelMixin, ConfigMixin):
             pixels_per_token: where the file does not say, 16.
 
         Raises:
-            ValueError: not a safetensors file, or keys that are missing, unexpected or of another shape; all are
-                named. `siglip_in_arc.*`, which no computation uses, is kept for `save_single_file` and logged.
+            ValueError: not a safetensors file, or keys that are missing, unexpected or of another shape; all
+                are named. `siglip_in_arc.*`, which no computation uses, is kept for `save_single_file` and
+                logged.
         """
         loaded = checkpoint.read_single_file(path, branch)
         return cls._from_loaded(loaded, str(path), dtype, pixels_per_token)
@@ -631,7 +495,7 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         return adapter.eval()
 
     def save_single_file(self, path: str | os.PathLike) -> None:
-        """Write the released layout: both branches as `withanyone.safetensors`, one as a training checkpoint."""
+        """Write the released layout; an adapter of one branch becomes a single-branch training checkpoint."""
         checkpoint.write_single_file(path, self.state_dict(), self.unused_tensors, dict(self.config))
 
 
@@ -678,13 +542,13 @@ def _attached_hooks(transformer: nn.Module) -> list[FaceHook | None]:
 def _check_attachable(transformer: nn.Module) -> None:
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError(
-            "A cache is enabled on the `transformer`, and an adapter attached after it would act on skipped steps; "
-            "call `transformer.disable_cache()`, attach, and enable the cache again."
+            "A cache is enabled on the `transformer`, and an adapter attached after it would act on skipped "
+            "steps; call `transformer.disable_cache()`, attach, and enable the cache again."
         )
     if _is_compiled(transformer):
         raise ValueError(
-            "The `transformer` is compiled already, and hooks added later would be ignored; attach the adapter "
-            "before compiling (load the transformer anew)."
+            "The `transformer` is compiled already, and hooks added later would be ignored; attach the "
+            "adapter before compiling (load the transformer anew)."
         )
 
 
@@ -695,8 +559,8 @@ def _check_detachable(transformer: nn.Module) -> None:
         )
     if _is_compiled(transformer):
         raise ValueError(
-            "The `transformer` was compiled with the adapter, so it cannot be detached; calls without faces give the "
-            "base's output already."
+            "The `transformer` was compiled with the adapter, so it cannot be detached; calls without faces "
+            "give the base's output already."
         )
 
 
@@ -721,8 +585,8 @@ class PartSize:
 def parameter_table(adapter: FaceAdapter) -> list[PartSize]:
     """Parameters and bytes of each part of `adapter`, which may be on the meta device.
 
-    After `encode`, the denoising loop needs neither the MLPs nor `norm1` and `to_kv`; a folded branch needs no more
-    than `norm2`.
+    After `encode`, the denoising loop needs neither the MLPs nor `norm1` and `to_kv`; a folded branch needs
+    no more than `norm2`.
     """
     table = []
     for branch in adapter.branches:

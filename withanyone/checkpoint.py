@@ -1,11 +1,12 @@
-"""Single-file checkpoints: the released layout, single-branch training checkpoints, strict reading and writing.
+"""Single-file checkpoints: the released layout and single-branch ones, read strictly, and written.
 
-The adapter's own parameter names are those of the released `withanyone.safetensors` (method facts, section 7):
+The adapter's own parameter names are those of the released `withanyone.safetensors` (method facts, section
+7):
 
     ipa_arc.{i}.*  ipa_sig.{i}.*  arcface_in_arc.*  arcface_in_sig.*  siglip_in_sig.*
 
-A training checkpoint of one branch has `ipa.*`, `arcface_in.*`, `siglip_in.*` without the suffix. Tensors only,
-safetensors only: a pickle is refused.
+A training checkpoint of one branch has `ipa.*`, `arcface_in.*`, `siglip_in.*` without the suffix. Tensors
+only, safetensors only: a pickle is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def read_single_file(path: str | os.PathLike, branch: str | None = None) -> Load
     single = any(_split(key)[0] in _PARTS for key in tensors)
     if single and branch is None:
         raise ValueError(
-            f"`{path}` holds one branch without saying which (`ipa.*`); give `branch='arc'` or `branch='sig'`."
+            f"`{path}` holds one branch and does not say which (`ipa.*`); give `branch='arc'` or "
+            "`branch='sig'`."
         )
     if branch is not None and any(key.startswith(("ipa_arc.", "ipa_sig.")) for key in tensors):
         raise ValueError(f"`{path}` holds both branches (`ipa_arc.*`, `ipa_sig.*`); leave `branch` out.")
@@ -77,15 +79,15 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
         start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     ):
         raise ValueError(
-            f"`{path}` is a pickle (a torch.save file), which can run code and is never loaded; convert it to "
-            "safetensors where you trust it."
+            f"`{path}` is a pickle (a torch.save file), which can run code and is never loaded; convert it "
+            "to safetensors where you trust it."
         )
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"`{path}` is not a whole safetensors file ({error}); it may be cut off, so download or save it again."
+            f"`{path}` is not a whole safetensors file ({error}); it may be cut off, so get it again."
         ) from error
 
 

@@ -31,7 +31,7 @@ def velocity(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def denoised(
     noisy_latents: torch.Tensor, velocity: torch.Tensor, sigma: float | torch.Tensor
 ) -> torch.Tensor:
-    """x_1 = x_t - t v: the clean estimate from `noisy_latents` and the `velocity` at `sigma`, number or (B,)."""
+    """x_1 = x_t - t v: the clean estimate; `sigma` a number or (B,)."""
     return noisy_latents - _per_sample(sigma, noisy_latents) * velocity
 
 
@@ -75,7 +75,7 @@ def shift_sigmas(sigmas: torch.Tensor, mu: float) -> torch.Tensor:
 
 
 def schedule_sigmas(num_inference_steps: int, mu: float = 0.0) -> torch.Tensor:
-    """The sigmas (num_inference_steps,) from 1 downwards that sampling visits: linspace(1, 1/n, n), shifted."""
+    """The sigmas that n sampling steps visit, from 1 downwards: linspace(1, 1/n, n), shifted; float64."""
     if num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` is {num_inference_steps}; give at least 1.")
     n = num_inference_steps
@@ -100,7 +100,8 @@ def sample_sigmas(
 ) -> torch.Tensor:
     """Random sigmas (batch_size,) in (0, 1) for training: uniform over the schedule shifted by `mu`.
 
-    `mu` is one number for all, or (batch_size,) where pictures differ in size. Source: method facts, section 4.
+    `mu` is one number for all, or (batch_size,) where pictures differ in size. Source: method facts, section
+    4.
     """
     uniform = torch.rand(batch_size, generator=generator, device=device).clamp(1e-4, 1 - 1e-4)
     shrink = torch.exp(-torch.as_tensor(mu, dtype=uniform.dtype, device=uniform.device))

@@ -31,20 +31,20 @@ def check_bboxes(
     """The boxes of one picture as float tuples, or a ValueError that names the box at fault and the remedy.
 
     Every box has four finite numbers, lies inside the picture of `height` x `width` pixels, has a positive
-    area and touches at least one image token of `pixels_per_token` pixels; with `num_people` there are as many
-    boxes as people.
+    area and touches at least one image token of `pixels_per_token` pixels; with `num_people` there are as
+    many boxes as people.
     """
     boxes = parse_bboxes(bboxes, name=name)
     if num_people is not None and len(boxes) != num_people:
         raise ValueError(
-            f"`{name}` holds {len(boxes)} boxes for {num_people} people; give one box for each person, in the "
-            "same order, or None for a default layout."
+            f"`{name}` holds {len(boxes)} boxes for {num_people} people; give one box for each person, in "
+            "the same order, or None for a default layout."
         )
     for i, (x1, y1, x2, y2) in enumerate(boxes):
         if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
             raise ValueError(
-                f"`{name}[{i}]` is {_show(boxes[i])}, which reaches outside the picture; give x between 0 and "
-                f"{width}, y between 0 and {height} (pixels of the output)."
+                f"`{name}[{i}]` is {_show(boxes[i])}, which reaches outside the picture; give x between 0 "
+                f"and {width}, y between 0 and {height} (pixels of the output)."
             )
         _check_touches(boxes[i], height, width, pixels_per_token, f"{name}[{i}]")
     return boxes
@@ -79,8 +79,8 @@ def token_mask(
 ) -> torch.Tensor:
     """Which image token lies under which face's box: (B, N, F) bool, F the largest number of boxes in a row.
 
-    A box touches columns floor(x1 / p) to ceil(x2 / p) and rows likewise, clipped to the picture (method facts,
-    section 2). `bboxes` holds B lists of boxes. A box that touches no token is an error.
+    A box touches columns floor(x1 / p) to ceil(x2 / p) and rows likewise, clipped to the picture (method
+    facts, section 2). `bboxes` holds B lists of boxes. A box that touches no token is an error.
     """
     rows, columns = token_grid(height, width, pixels_per_token)
     parsed = [parse_bboxes(boxes, name=f"bboxes[{b}]") for b, boxes in enumerate(bboxes)]
@@ -124,8 +124,8 @@ def default_bboxes(num_people: int, height: int, width: int) -> list[BBox]:
     """Boxes for the faces of `num_people` (1 to 8) in a picture, as a photographer would place a group.
 
     One person's face is about half the picture's height; more people stand side by side, every second one a
-    little higher, and where two rows make larger faces, the back row shows between the heads of the front row.
-    Left to right, back row first. Boxes never overlap, whatever the aspect ratio.
+    little higher, and where two rows make larger faces, the back row shows between the heads of the front
+    row. Left to right, back row first. Boxes never overlap, whatever the aspect ratio.
     """
     if not 1 <= num_people <= MAX_DEFAULT_PEOPLE:
         raise ValueError(
@@ -191,8 +191,8 @@ def _check_touches(
     )
     if left >= right or top >= bottom:
         raise ValueError(
-            f"`{name}` is {_show(box)}, which touches no image token of the {width} x {height} picture; move it "
-            "inside the picture."
+            f"`{name}` is {_show(box)}, which touches no image token of the {width} x {height} picture; move "
+            "it inside the picture."
         )
     return top, bottom, left, right
 
@@ -209,8 +209,8 @@ def _parse_bbox(box: Any, name: str) -> BBox:
         raise ValueError(f"`{name}` is {_show((x1, y1, x2, y2))}; its numbers must be finite.")
     if x2 <= x1 or y2 <= y1:
         raise ValueError(
-            f"`{name}` is {_show((x1, y1, x2, y2))}, which has no area; give (x1, y1, x2, y2) with x1 < x2 and "
-            "y1 < y2."
+            f"`{name}` is {_show((x1, y1, x2, y2))}, which has no area; give (x1, y1, x2, y2) with x1 < x2 "
+            "and y1 < y2."
         )
     return x1, y1, x2, y2
 
