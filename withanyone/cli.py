@@ -173,7 +173,15 @@ def generate(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
 
-    pipe = load_pipeline(args, model)
+    pipe = load_pipeline(
+        model,
+        adapter=args.adapter,
+        face_pack=args.face_pack,
+        image_encoder=args.image_encoder,
+        device=args.device,
+        dtype=args.dtype,
+        offload=args.offload,
+    )
     pipe.set_progress_bar_config(disable=args.quiet)
     width, height = args.width, args.height
     if miniature:
@@ -257,32 +265,41 @@ def scales(args: argparse.Namespace, pipe: WithAnyonePipeline) -> tuple[float, f
     )
 
 
-def load_pipeline(args: argparse.Namespace, model: str) -> WithAnyonePipeline:
+def load_pipeline(
+    model: str,
+    *,
+    adapter: str | None = None,
+    face_pack: str | None = None,
+    image_encoder: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: str = "none",
+) -> WithAnyonePipeline:
+    """A pipeline ready to run: `model` with the parts that are named, on the best device there is."""
     import torch
 
     from . import FaceAdapter, FaceAnalyzer, WithAnyonePipeline
 
-    device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    place = pick_device(device)
+    weights = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     parts: dict[str, Any] = {}
-    if args.adapter:
-        single_file = Path(args.adapter).is_file()
-        load = FaceAdapter.from_single_file if single_file else FaceAdapter.from_pretrained
-        parts["face_adapter"] = load(args.adapter).to(dtype)
-    if args.face_pack:
-        parts["face_analyzer"] = FaceAnalyzer.from_pretrained(args.face_pack)
-    if args.image_encoder:
+    if adapter:
+        load = FaceAdapter.from_single_file if Path(adapter).is_file() else FaceAdapter.from_pretrained
+        parts["face_adapter"] = load(adapter).to(weights)
+    if face_pack:
+        parts["face_analyzer"] = FaceAnalyzer.from_pretrained(face_pack)
+    if image_encoder:
         from transformers import SiglipImageProcessor, SiglipVisionModel
 
-        parts["image_encoder"] = SiglipVisionModel.from_pretrained(args.image_encoder, dtype=dtype)
-        parts["feature_extractor"] = SiglipImageProcessor.from_pretrained(args.image_encoder)
-    pipe = WithAnyonePipeline.from_pretrained(model, dtype=dtype, **parts)
-    if args.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif args.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
+        parts["image_encoder"] = SiglipVisionModel.from_pretrained(image_encoder, dtype=weights)
+        parts["feature_extractor"] = SiglipImageProcessor.from_pretrained(image_encoder)
+    pipe = WithAnyonePipeline.from_pretrained(model, dtype=weights, **parts)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=place)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=place)
     else:
-        pipe.to(device)
+        pipe.to(place)
     return pipe
 
 

@@ -43,19 +43,26 @@ def check_picture_path(path: str | os.PathLike, name: str = "out") -> Path:
     return path
 
 
+def mark_picture(image: Image.Image, settings: Mapping[str, Any]) -> Image.Image:
+    """A copy that carries its settings (plain JSON values) and the mark that a model made it, in `info`."""
+    image = image.copy()
+    image.info = {"Software": MARK, KEY: json.dumps(dict(settings), ensure_ascii=True, allow_nan=False)}
+    return image
+
+
 def save_picture(image: Image.Image, path: str | os.PathLike, settings: Mapping[str, Any]) -> Path:
-    """Save a picture with its settings (plain JSON values) and the mark that a model made it."""
+    """Save a picture with its settings and the mark, where its format keeps such things."""
     path = check_picture_path(path, "path")
-    text = json.dumps(dict(settings), ensure_ascii=True, allow_nan=False)
+    info = mark_picture(image, settings).info
     if path.suffix.lower() == ".png":
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_text("Software", MARK)
-        chunks.add_text(KEY, text)
+        for name, text in info.items():
+            chunks.add_text(name, text)
         image.save(path, pnginfo=chunks)
     else:
         exif = Image.Exif()
         exif[EXIF_SOFTWARE] = MARK
-        exif[EXIF_DESCRIPTION] = text
+        exif[EXIF_DESCRIPTION] = info[KEY]
         image.save(path, quality=95, exif=exif.tobytes())
     return path
 

@@ -47,8 +47,12 @@ PROMPTS: dict[int, tuple[str, ...]] = {
     4: ("a group of four people in a garden", "four people in an office in daylight"),
 }
 
-#: Width and height in pixels by number of people; more people take the last.
-SIZES: dict[int, tuple[int, int]] = {1: (128, 128), 2: (192, 192), 3: (256, 256), 4: (256, 256)}
+#: Width and height in pixels of each shape, by number of people; more people take the last.
+SIZES: dict[str, dict[int, tuple[int, int]]] = {
+    "square": {1: (128, 128), 2: (192, 192), 3: (256, 256)},
+    "landscape": {1: (192, 128), 2: (256, 192)},
+    "portrait": {1: (128, 192), 2: (192, 256)},
+}
 
 
 def is_miniature(model: str | os.PathLike) -> bool:
@@ -58,11 +62,13 @@ def is_miniature(model: str | os.PathLike) -> bool:
     return Path(model).expanduser().resolve() == Path(PRETRAINED).resolve()
 
 
-def size_for(num_people: int) -> tuple[int, int]:
+def size_for(num_people: int, shape: str = "square") -> tuple[int, int]:
     """(width, height) in pixels of the miniature's pictures of so many people."""
     if num_people < 0:
         raise ValueError(f"`num_people` is {num_people}: give 0 or more.")
-    return SIZES[min(max(num_people, 1), max(SIZES))]
+    if shape not in SIZES:
+        raise ValueError(f"`shape` is {shape!r}: give one of {', '.join(SIZES)}.")
+    return SIZES[shape][min(max(num_people, 1), max(SIZES[shape]))]
 
 
 def draw_photo(number: int, photo: int = 0, size: int = 256) -> Image.Image:
