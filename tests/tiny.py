@@ -18,6 +18,7 @@ import string
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from PIL import Image
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -160,8 +161,11 @@ def flux_components(seed: int = 0, guidance_embeds: bool = True) -> dict:
     }
 
 
-def face_adapter(seed: int = 5, **overrides):
-    """A random adapter that fits `transformer()`; `overrides` go to FaceAdapter."""
+def face_adapter(seed: int = 5, to_out_std: float = 0.0, **overrides):
+    """A random adapter that fits `transformer()`; `overrides` go to FaceAdapter.
+
+    A new adapter starts without effect; `to_out_std` above 0 gives it one.
+    """
     from withanyone.adapter import FaceAdapter
 
     torch.manual_seed(seed)
@@ -172,7 +176,46 @@ def face_adapter(seed: int = 5, **overrides):
         "embedding_dim": EMBEDDING_DIM,
         "image_feature_dim": IMAGE_FEATURE_DIM,
     }
-    return FaceAdapter(**{**config, **overrides}).eval().requires_grad_(False)
+    adapter = FaceAdapter(**{**config, **overrides})
+    if to_out_std > 0:
+        for name, weight in adapter.named_parameters():
+            if name.endswith("to_out.weight"):
+                torch.nn.init.normal_(weight, std=to_out_std)
+    return adapter.eval().requires_grad_(False)
+
+
+def pipeline(guidance_embeds: bool = True, **overrides):
+    """A WithAnyonePipeline whose adapter has an effect and which finds no faces itself; give it `face(seed)`.
+
+    `overrides`: other components, `timestep_shift`, `sampling_defaults`. 64 x 64 px and two steps by default.
+    """
+    from withanyone import WithAnyonePipeline
+
+    parts = {
+        **flux_components(guidance_embeds=guidance_embeds),
+        "image_encoder": image_encoder(),
+        "feature_extractor": feature_extractor(),
+        "face_adapter": face_adapter(to_out_std=0.3),
+        "sampling_defaults": {"height": 64, "width": 64, "num_inference_steps": 2},
+    }
+    pipe = WithAnyonePipeline(**{**parts, **overrides})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def face(seed: int):
+    """A Face with a random embedding and a random crop."""
+    from withanyone import Face
+
+    box = np.array([10, 10, 50, 60], np.float32)
+    kps = np.array([[20, 30], [40, 30], [30, 40], [22, 50], [38, 50]], np.float32)
+    return Face(
+        bbox=box,
+        kps=kps,
+        det_score=0.9,
+        embedding=embedding(seed),
+        face_crop=Image.fromarray(face_crop(seed)),
+    )
 
 
 def transformer_inputs(

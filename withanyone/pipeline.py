@@ -165,6 +165,12 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             timestep_shift=timestep_shift, sampling_defaults={**RELEASED_SAMPLING, **defaults}
         )
         if face_adapter is not None and transformer is not None:
+            patch, own = face_adapter.config.pixels_per_token, self.vae_scale_factor * 2
+            if patch != own:
+                raise ValueError(
+                    f"The `face_adapter` has `pixels_per_token` {patch}, but with this `vae` an image token is {own} "
+                    "pixels wide; use parts that belong together."
+                )
             self._attach_adapter()
 
     # Faces
