@@ -43,7 +43,8 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "
 _READABLE = "JPEG, PNG, WebP, AVIF, BMP, GIF and TIFF"
 
 # What Pillow's readers raise on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError, struct.error)
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError, AssertionError)
+_DAMAGE += (struct.error,)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 # First bytes (offset, bytes) of files that people take for photos.
@@ -155,7 +156,7 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
         raise _too_large(label, image.size) from error
     except _DAMAGE as error:
         raise ValueError(
-            f"{label} is damaged or cut off ({error}): save or upload the photo again."
+            f"{label} is damaged, cut off or closed ({error}): save or upload it again."
         ) from error
     image = _upright(image, label)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -164,11 +165,11 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
         return _array_to_rgb(_sixteen_bit(image, label), label)
     if image.mode == "CMYK":
         return _from_cmyk(image, label)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
     try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(canvas, image)
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(
@@ -507,14 +508,16 @@ class FaceAnalyzer(FeatureExtractionMixin):
 
 
 def _check_det_size(det_size: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    sizes = [det_size] if len(det_size) and np.ndim(det_size[0]) == 0 else list(det_size)
+    sizes = list(det_size) if isinstance(det_size, Sequence) else []
+    sizes = [sizes] if sizes and not isinstance(sizes[0], Sequence) else sizes
     for size in sizes:
-        if len(size) != 2 or any(int(v) != v or v < 32 or v % 32 for v in size):
-            raise ValueError(
-                f"`det_size` is {det_size}: give (width, height), or several such, in multiples of 32."
-            )
+        if not isinstance(size, Sequence) or len(size) != 2 or any(v < 32 or v % 32 for v in size):
+            sizes = []
+            break
     if not sizes:
-        raise ValueError("`det_size` is empty: give (width, height), or several such, in multiples of 32.")
+        raise ValueError(
+            f"`det_size` is {det_size}: give (width, height), or several such, in multiples of 32."
+        )
     return tuple((int(width), int(height)) for width, height in sizes)
 
 
@@ -524,6 +527,10 @@ def _read_config(path: Path) -> dict:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): save the analyser again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path} holds a {type(config).__name__}, not settings by name: save the analyser again."
+        )
     unknown = set(config) - known
     if unknown:
         raise ValueError(f"{path} has unknown settings {sorted(unknown)}: known are {sorted(known)}.")
@@ -583,6 +590,9 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
     for file in files:
         if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
             raise ValueError(f"{file} is a Git LFS pointer, not the model itself: run `git lfs pull`.")
+    options = onnxruntime.SessionOptions()
+    # Threads that wait for the next call sleep instead of taking processor time from torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -590,6 +600,7 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
                 name=str(folder),
                 allowed_modules=["detection", "recognition"],
                 providers=list(providers) if providers else None,
+                sess_options=options,
             )
     except (AssertionError, KeyError) as error:
         raise ValueError(
