@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -22,7 +23,7 @@ from PIL import Image
 
 from withanyone import WithAnyonePipeline, slider_scales
 from withanyone.cli import load_pipeline
-from withanyone.faces import load_image
+from withanyone.faces import Face, load_image
 from withanyone.layout import default_bboxes
 from withanyone.mini import PRETRAINED, gallery
 from withanyone.mini.world import unknown_words
@@ -77,14 +78,16 @@ class Studio:
             return self.defaults["width"], self.defaults["height"]
         return FLUX_SIZES[shape]
 
-    def find_faces(self, photo: Any) -> list[dict[str, Any]]:
-        """Box and score of every face in a photo, largest first."""
-        image = load_image(photo, "photo")
-        found = self.pipe.face_analyzer.detect(image)
+    def find_faces(self, photo: str) -> list[dict[str, Any]]:
+        """The faces of a photo, largest first: a list of {"bbox": [x1, y1, x2, y2], "score": 0 to 1}."""
         return [
             {"bbox": [round(float(v), 1) for v in face.bbox], "score": round(face.det_score, 3)}
-            for face in found
+            for face in refuse_clearly(self, self._detect, photo)
         ]
+
+    def _detect(self, photo: str) -> list[Face]:
+        image = load_image(photo, "photo")
+        return self.pipe.face_analyzer.detect(image)
 
     def make(
         self,
@@ -215,12 +218,18 @@ def report_providers(pipe: WithAnyonePipeline) -> None:
 
 
 class Photo(gr.Image):
-    """An image input that hands on the file as it came: `load_image` reads it and says what is wrong."""
+    """An image input that hands on the uploaded file as it is: `load_image` reads it and names mistakes.
+
+    Only uploaded files: a program might as well send the path of any file of this machine.
+    """
 
     def preprocess(self, payload: Any) -> str | None:
         if payload is None or payload.path is None:
             return None
-        return payload.path
+        path = Path(payload.path).resolve()
+        if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()):
+            raise gr.Error(f"{payload.path} was not uploaded: upload the photo first.", print_exception=False)
+        return str(path)
 
 
 class Slider(gr.Slider):
@@ -353,15 +362,14 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
             concurrency_id="model",
         )
 
-        def find_faces(photo: gr.FileData) -> list:
-            """The faces of a photo, largest first: a list of {"bbox": [x1, y1, x2, y2], "score": 0 to 1}."""
-            return refuse_clearly(studio, studio.find_faces, photo["path"])
+        with gr.Group(visible=False):  # for programs
+            photo, found = Photo(label="photo", type="filepath"), gr.JSON(label="faces")
+            gr.Button().click(studio.find_faces, photo, found, api_name="find_faces", concurrency_limit=4)
 
         def suggest_layout(num_people: int, width: int, height: int) -> list:
             """Boxes [x1, y1, x2, y2] in pixels for the faces of 1 to 8 people in a picture of this size."""
             return [list(box) for box in refuse_clearly(studio, default_bboxes, num_people, height, width)]
 
-        gr.api(find_faces, api_name="find_faces")
         gr.api(suggest_layout, api_name="suggest_layout")
     return demo
 
@@ -427,8 +435,8 @@ def describe_faces(studio: Studio, path: str | None) -> str:
         return ""
     try:
         found = studio.find_faces(path)
-    except ValueError as error:
-        return f"⚠️ {error}"
+    except gr.Error as error:
+        return f"⚠️ {error.message}"
     if not found:
         help_text = gallery.NOTICE if studio.miniature else "Take one where it is sharp, lit and not cut off."
         return f"⚠️ No face was found in this photo. {help_text}"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import gradio as gr
+import httpx
 import numpy as np
 import pytest
 from gradio_client import Client, handle_file
@@ -179,3 +180,17 @@ def test_the_page_names_its_endpoints(client) -> None:
     named = client.view_api(return_format="dict")["named_endpoints"]
     assert set(named) == {"/generate", "/find_faces", "/suggest_layout"}
     assert json.dumps(named)
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["plain", "file"])
+@pytest.mark.parametrize("endpoint", ["find_faces", "generate"])
+def test_files_of_the_server_are_out_of_reach(client, painted_photos, endpoint, meta) -> None:
+    """A path that was not uploaded is refused, even where it names a photo with a face."""
+    photo = {"path": str(painted_photos[0]), **meta}
+    data = [photo] if endpoint == "find_faces" else list(arguments([]).values())
+    if endpoint == "generate":
+        data[1] = photo
+    call = f"{client.src}gradio_api/call/{endpoint}"
+    event = httpx.post(call, json={"data": data}).json()["event_id"]
+    answer = httpx.get(f"{call}/{event}", timeout=60).text
+    assert "event: error" in answer and "event: complete" not in answer
