@@ -368,8 +368,7 @@ def test_embeddings_of_one_batch_equal_those_one_by_one(analyzer):
 
 
 def test_the_painted_identities_can_be_told_apart(analyzer):
-    """The pack that other tests lean on: another picture of the same identity is nearer than anyone
-    else's."""
+    """The pack that other tests lean on: another picture of an identity is nearer than anyone else's."""
     boxes = ((30, 20, 90, 100), (50, 40, 112, 120))
     first, second = (
         np.stack(
