@@ -123,8 +123,9 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->transformer->vae"
-    # Works inside the transformer's forward, so it stays where the transformer runs.
-    _exclude_from_cpu_offload = ["face_adapter"]
+    # Kept on the device while layers come and go: the adapter works inside the transformer's forward,
+    # SigLIP's pooling head (torch's MultiheadAttention) reads the weights of a layer that it never calls.
+    _exclude_from_cpu_offload = ["face_adapter", "image_encoder"]
     _optional_components = ["image_encoder", "feature_extractor", "face_adapter", "face_analyzer"]
 
     def __init__(
@@ -168,8 +169,8 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             patch, own = face_adapter.config.pixels_per_token, self.vae_scale_factor * 2
             if patch != own:
                 raise ValueError(
-                    f"The `face_adapter` has `pixels_per_token` {patch}, but with this `vae` an image token is {own} "
-                    "pixels wide; use parts that belong together."
+                    f"The `face_adapter` has `pixels_per_token` {patch}, but with this `vae` an image token "
+                    f"is {own} pixels wide; use parts that belong together."
                 )
             self._attach_adapter()
 
@@ -478,7 +479,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
     def enable_group_offload(
         self, onload_device: torch.device, *args, exclude_modules: str | Sequence[str] | None = None, **kwargs
     ) -> None:
-        """As DiffusionPipeline's; the face adapter stays on `onload_device`: it works in the transformer."""
+        """As DiffusionPipeline's; face adapter and image encoder stay whole and on the device."""
         exclude = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
         super().enable_group_offload(
             onload_device, *args, exclude_modules=[*exclude, *self._exclude_from_cpu_offload], **kwargs
