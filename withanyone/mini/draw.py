@@ -8,7 +8,7 @@ box are exact by construction. Colours are RGB in 0..255.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import cv2
@@ -57,10 +57,10 @@ class Light:
 #: name -> (least and most sideways slant, ambient share, gain, tint)
 LIGHTS = {
     "daylight": ((0.0, 0.5), 0.72, 1.04, (1.00, 1.00, 1.00)),
-    "warm light": ((0.1, 0.7), 0.62, 1.00, (1.13, 0.98, 0.76)),
-    "cool light": ((0.1, 0.7), 0.64, 0.97, (0.80, 0.95, 1.16)),
-    "side light": ((1.5, 2.0), 0.26, 1.05, (1.02, 1.00, 0.97)),
-    "dim light": ((0.0, 0.7), 0.60, 0.60, (0.97, 0.97, 1.04)),
+    "warm light": ((0.1, 0.7), 0.66, 1.02, (1.12, 0.98, 0.76)),
+    "cool light": ((0.1, 0.7), 0.68, 1.00, (0.86, 0.97, 1.12)),
+    "side light": ((1.5, 2.0), 0.36, 1.10, (1.02, 1.00, 0.97)),
+    "dim light": ((0.0, 0.7), 0.66, 0.66, (0.97, 0.97, 1.04)),
 }
 
 
@@ -160,7 +160,7 @@ class Canvas:
         rows, columns = region
         mask = np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
         cv2.fillPoly(mask, [self._fixed(points - [columns.start, rows.start])], 255, cv2.LINE_AA, SHIFT)
-        if blur >= 0.4:
+        if blur >= 0.6:
             mask = cv2.GaussianBlur(mask, (0, 0), blur)
         if clip is not None:
             mask = cv2.multiply(mask, clip[region], scale=1 / 255)
@@ -255,8 +255,8 @@ class Head:
                 (-0.05, cheek, 0.0, 0.86),
                 (0.26, 0.975 * cheek - hollow, 0.07, 0.80),
                 (0.62 + drop, jaw, 0.28, 0.60),
-                (0.88 + 0.5 * trait["chin_length"] + drop, 0.45 * jaw + 0.62 * chin_width, 0.46 + ahead / 2, 0.36),
-                (chin - 0.06, 0.86 * chin_width, 0.60 + ahead, 0.18),
+                (0.88 + 0.5 * trait["chin_length"] + drop, 0.5 * jaw + 0.5 * chin_width + 0.02, 0.46 + ahead / 2, 0.36),
+                (chin - 0.07, 0.84 * chin_width, 0.60 + ahead, 0.18),
                 (chin, 0.0, 0.68 + ahead, 0.0),
             ]
         )
@@ -289,7 +289,7 @@ class Head:
         points = np.asarray(points, np.float64).reshape(-1, 2)
         width, middle, depth = self.at(points[:, 1])
         across = np.clip(np.abs(points[:, 0]) / np.maximum(width, 1e-3), 0, 0.995)
-        z = middle + depth * (1 - across**2.3) ** (1 / 2.3) + lift
+        z = middle + depth * np.sqrt(1 - across**2) + lift
         return self.pixels(np.column_stack([points, z]))
 
     def rim(self, side: int, top: float, bottom: float, grow: float = 0.0, steps: int = 14) -> np.ndarray:
@@ -318,8 +318,7 @@ class Head:
         v, width, middle, depth = self.sections[self.sections[:, 0] >= self.FACE_TOP].T
         sides = np.vstack([self.surface(np.stack([side * width * 0.97, v], -1)) for side in (-1, 1)])
         front = self.surface(np.stack([np.zeros_like(v), v], -1))
-        nose = self.nose_tip()[None]
-        points = np.vstack([sides, front, nose])
+        points = np.vstack([sides, front, self.landmarks()])
         return np.concatenate([points.min(0), points.max(0)])
 
     def eye(self, side: int) -> tuple[float, float]:
@@ -333,7 +332,9 @@ class Head:
         return self.surface(np.array([tip]), trait["nose_lift"])[0]
 
     def mouth(self) -> MouthShape:
-        return MouthShape.of(self.identity, self.look, self.jaw_drop)
+        shape = MouthShape.of(self.identity, self.look, self.jaw_drop)
+        widest = 0.74 * float(self.at(shape.height)[0])
+        return replace(shape, half_width=min(shape.half_width, widest))
 
     def landmarks(self) -> np.ndarray:
         """(5, 2) canvas pixels: left eye, right eye, nose tip, left and right mouth corner as seen."""

@@ -53,23 +53,14 @@ def _ear(sitter: Sitter, side: int) -> None:
     out = trait["ear_out"] + 0.25 * size
     lobe = 1 + 0.35 * trait["ear_lobe"]
     shape = np.array([(0, -1.15), (0.62, -1.0), (0.78, -0.35), (0.5, 0.35), (0.3, 0.95 * lobe), (-0.1, 0.9 * lobe), (-0.2, 0)])
-    rear = -0.10 - 0.35 * size
-
     def place(points: np.ndarray) -> np.ndarray:
-        u = side * (width - 0.04 + points[:, 0] * out * 2.2)
-        return head.pixels(
-            np.column_stack([u, trait["ear_height"] + points[:, 1] * size, middle + rear - 0.25 * size * points[:, 0]])
-        )
-
-    def depth(points: np.ndarray) -> np.ndarray:
         u = side * (width + 0.01 + points[:, 0] * out)
         z = middle - 0.02 - points[:, 0] * 1.1 * size
         return head.pixels(np.column_stack([u, trait["ear_height"] + points[:, 1] * size, z]))
 
-    del place
-    contour = smooth_curve(depth(shape), 4)
+    contour = smooth_curve(place(shape), 4)
     sitter.canvas.shaded(contour, shade_of(sitter.skin, -0.07), sitter.light, 0.25)
-    inner = smooth_curve(depth(shape * [0.62, 0.66] + [0.08, -0.05]), 4)
+    inner = smooth_curve(place(shape * [0.62, 0.66] + [0.08, -0.05]), 4)
     sitter.canvas.blend(inner, shade_of(sitter.skin, -0.32), 0.75, 0.02 * sitter.scale)
 
 
@@ -183,9 +174,9 @@ def _eye(sitter: Sitter, side: int) -> None:
         tint = np.array([(150, 90, 160), (90, 110, 180), (190, 100, 110)][sitter.look.detail_seed % 3], float)
         sitter.soft(head.surface(lid), 0.45 * tint + 0.55 * sitter.skin * 0.8, 0.75, 0.02)
     contour = head.surface(np.vstack([upper, lower[::-1]]))
-    opening = canvas.mask(contour)
+    opening = cv2.min(canvas.mask(contour), sitter.face_mask)
     white = np.array([246.0, 244.0, 240.0]) * 0.985
-    canvas.fill(contour, white)
+    canvas.blend(contour, white, 1.0, 0.0, sitter.face_mask)
     middle, radius = _iris_center(sitter, side), trait["iris_size"]
     iris = np.array(sitter.identity.iris)
     for size, color in ((1.0, iris * 0.45), (0.84, iris), (0.46, (18, 15, 16))):
@@ -199,7 +190,7 @@ def _eye(sitter: Sitter, side: int) -> None:
     thick = thickness * np.linspace(0.55, 1.25, len(upper))[:, None] * [0, 1]
     flick = np.array([[side * 0.035, -0.02 - 0.02 * trait["lash"]]])
     lid_line = np.vstack([upper - thick, upper[-1:] + flick, (upper + thick * 0.25)[::-1]])
-    canvas.fill(head.surface(lid_line), lash)
+    canvas.blend(head.surface(lid_line), lash, 1.0, 0.0, sitter.face_mask)
     sitter.line(head.surface(lower[2:]), shade_of(sitter.skin, -0.42), 0.014)
     crease = upper - [0, 0.045 + 0.055 * trait["lid_crease"]]
     sitter.line(head.surface(crease[1:-1]), shade_of(sitter.skin, -0.20 - 0.22 * trait["lid_crease"]), 0.016)
@@ -279,13 +270,13 @@ def _nose(sitter: Sitter) -> None:
         ]
     )
     raised = np.array([0.03, 0.10, stand * 0.75, 0.10, 0.03, stand * 0.8])
-    canvas.blend(smooth_curve(head.surface(underside, raised), 4), shadow, 0.62, 0.014 * scale)
+    canvas.blend(smooth_curve(head.surface(underside, raised), 4), shadow, 0.5, 0.014 * scale)
     for side in (-1, 1):
         nostril = np.array([tip_u + side * wing * 0.48, tip_v + 0.035 - 0.012 * turn]) + CIRCLE * [
             0.028 + 0.10 * wing,
             0.020 + 0.012 * turn,
         ]
-        canvas.blend(head.surface(nostril, stand * 0.38), skin * [0.36, 0.26, 0.26], 0.85, 0.008 * scale)
+        canvas.blend(head.surface(nostril, stand * 0.38), skin * [0.40, 0.30, 0.30], 0.75, 0.008 * scale)
         curve = np.array(
             [(tip_u + side * wing * 0.86, tip_v - 0.085), (tip_u + side * wing * 1.06, tip_v - 0.015), (tip_u + side * wing * 0.82, tip_v + 0.05)]
         )
@@ -324,8 +315,8 @@ def _mouth(sitter: Sitter) -> None:
     canvas.blend(head.surface(np.vstack([lower, mouth.lower_edge()[::-1]]), 0.04), lips, 0.95, 0.006 * scale)
     gloss = np.array([0, mouth.lower_edge()[7, 1] - 0.55 * mouth.lower]) + CIRCLE * [mouth.half_width * 0.32, mouth.lower * 0.22]
     canvas.blend(head.surface(gloss, 0.04), shade_of(lips, 0.42), 0.6, 0.012 * scale)
-    line = lips * 0.40
-    sitter.line(head.surface(upper, 0.04), line, 0.022)
+    line = lips * 0.48
+    sitter.line(head.surface(upper, 0.04), line, 0.018)
     if mouth.opening > 0:
         sitter.line(head.surface(lower, 0.04), line * 1.2, 0.014)
     for corner in mouth.corners():
@@ -365,12 +356,12 @@ def _beard(sitter: Sitter) -> None:
         sitter.soft(head.surface(smooth_curve(moustache * [0.8, 1] - [0, 0.015], 3), 0.035), shade_of(color, 0.16), 0.45, 0.02)
     if kind == "moustache":
         return
-    v = np.linspace(0.16, 1.25, 12)
+    v = np.linspace(0.05, 1.25, 13)
     width, _, _ = head.at(v)
     outer = np.stack([width * 1.1 + 0.05, v], -1)
     chin = head.sections[-1, 0]
     inner = np.array(
-        [(0.0, mouth.lower_edge()[7, 1] + 0.06), (half * 0.8, mouth.height + 0.13), (half + 0.13, mouth.height - 0.02), (0.60 * head.width, 0.36), (0.86 * head.width, 0.14)]
+        [(0.0, mouth.lower_edge()[7, 1] + 0.06), (half * 0.8, mouth.height + 0.13), (half + 0.10, mouth.height - 0.03), (0.66 * head.width, 0.47), (0.88 * head.width, 0.22), (0.93 * head.width, 0.05)]
     )
     inner = smooth_curve(inner, 4, closed=False)
     right = np.vstack([inner, outer[v <= chin + 0.05]])
@@ -385,7 +376,7 @@ def _beard(sitter: Sitter) -> None:
     for u in np.linspace(-0.5, 0.5, 9):
         top = max(0.60 + 0.3 * (0.5 - abs(u)), mouth.lower_edge()[7, 1] + 0.1 if abs(u) < half else 0.5)
         strand = np.array([(u - 0.016, top), (u * 0.96, top + 0.24), (u + 0.016, top)])
-        sitter.soft(head.surface(strand), shade_of(color, 0.22), 0.5, 0.012)
+        sitter.soft(head.surface(strand), shade_of(color, 0.22), 0.22, 0.016)
 
 
 def _skin_or_rim(sitter: Sitter, region: np.ndarray) -> np.ndarray:
@@ -403,7 +394,7 @@ def _skin_or_rim(sitter: Sitter, region: np.ndarray) -> np.ndarray:
 
 def _light(sitter: Sitter, outline: np.ndarray) -> None:
     """Shade the face as a rounded form: ambient and a lamp, shadows warmer than the skin, a thin rim of light."""
-    canvas, head, light = sitter.canvas, sitter.head, sitter.light
+    canvas, light = sitter.canvas, sitter.light
     low = np.maximum(np.floor(outline.min(0)).astype(int) - 1, 0)
     high = np.minimum(np.ceil(outline.max(0)).astype(int) + 2, (canvas.width, canvas.height))
     if (high <= low).any():
@@ -418,9 +409,8 @@ def _light(sitter: Sitter, outline: np.ndarray) -> None:
     lamp = np.clip((xs * light.x + 0.8 * ys * light.y + depth * 0.8) / length, 0, 1)
     brightness = light.ambient + (1.10 - light.ambient) * cv2.pow(lamp, 0.85)
     shadow = np.clip(1 - brightness, 0, 1)[..., None]
-    factor = 1 - shadow * np.array([0.86, 1.10, 1.06], np.float32)
+    factor = 1 - shadow * np.array([0.90, 1.06, 1.00], np.float32)
     factor = np.where(brightness[..., None] > 1, brightness[..., None], factor)
     mask = sitter.face_mask[region].astype(np.float32)[..., None] / 255
     part = canvas.image[region].astype(np.float32)
     canvas.image[region] = np.clip(part * (1 + (factor - 1) * mask), 0, 255)
-    del head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 from .draw import CIRCLE, Sitter, shade_of, smooth_curve
@@ -39,10 +40,10 @@ def draw_back(sitter: Sitter) -> None:
             radius = 0.34 + 0.06 * sitter.rng.random()
             sitter.canvas.shaded(head.upright(ring + CIRCLE * radius), dark, sitter.light, 0.25)
     elif style == "bun" and sitter.look.hat == "none":
-        ball = np.array([_drift(sitter, 0.22), -1.44]) + CIRCLE * [0.36, 0.33]
+        ball = np.array([_drift(sitter, 0.22), -1.38]) + CIRCLE * [0.34, 0.30]
         sitter.canvas.shaded(head.upright(ball), sitter.hair, sitter.light, 0.42)
         for bend in (-0.4, 0.1, 0.5):
-            arc = np.array([(-0.26 + 0.1 * bend, -1.52 + 0.1 * bend), (0.0, -1.66 + 0.22 * (bend + 0.4)), (0.26, -1.5 + 0.1 * bend)])
+            arc = np.array([(-0.24 + 0.1 * bend, -1.46 + 0.1 * bend), (0.0, -1.60 + 0.22 * (bend + 0.4)), (0.24, -1.44 + 0.1 * bend)])
             arc[:, 0] += _drift(sitter, 0.22)
             sitter.line(smooth_curve(head.upright(arc), 4, closed=False), shade_of(sitter.hair, -0.3), 0.025)
     elif style == "ponytail":
@@ -70,8 +71,8 @@ def _cap(sitter: Sitter, thickness: float, line: tuple[float, float, float]) -> 
     top = -trait["forehead_height"]
     turned = np.clip(abs(head.sin_yaw) * 1.1, 0, 1)
     low = {side: ears + (0.42 * turned if side == sitter.near_side() else -0.05 * turned) for side in (-1, 1)}
-    right, left = (head.rim(side, top, low[side], thickness, 18) for side in (1, -1))
-    crown = head.pixels(np.array([(0.0, top - thickness, -0.06)]))
+    heart = head.pixels(np.array([(0.0, -0.20, -0.03)]))
+    right, left = (heart + (head.rim(side, top, low[side], 0.0, 18) - heart) * (1 + thickness) for side in (1, -1))
     width = head.width
     offset = 0.30 if sitter.look.detail_seed % 2 else -0.30
     parted = sitter.look.hair_style in ("short", "long", "braids")
@@ -88,8 +89,10 @@ def _cap(sitter: Sitter, thickness: float, line: tuple[float, float, float]) -> 
         ]
     )
     hairline = smooth_curve(head.surface(front), 4, closed=False)
-    nape_left, nape_right = (head.pixels(np.array([(side * width * 0.98, low[side], 0.0)])) for side in (-1, 1))
-    return np.vstack([left[::-1], crown, right, nape_right, hairline[::-1], nape_left])
+    near = sitter.near_side()
+    nape = head.pixels(np.array([(near * width * 0.98, low[near], 0.0)]))
+    ends = (nape, hairline[:0]) if near > 0 else (hairline[:0], nape)
+    return np.vstack([left[::-1], right, ends[0], hairline[::-1], ends[1]])
 
 
 def draw_front(sitter: Sitter) -> None:
@@ -200,18 +203,27 @@ def _mohawk(sitter: Sitter, color: np.ndarray) -> None:
     head, top = sitter.head, -sitter.identity["forehead_height"]
     stubble = _cap(sitter, 0.0, (-0.70, -0.60, -0.14))
     sitter.soft(stubble, 0.55 * sitter.skin + 0.35 * color, 0.40, 0.03)
-    # a crest of cross-sections over the crown, from the forehead to the back of the head
-    turn = np.linspace(0.62, 2.3, 12)
-    ridge_v, ridge_z = -0.16 + (top + 0.16) * np.sin(turn), 0.80 * np.cos(turn)
-    height = 0.40 * np.sin(np.linspace(0.5, np.pi - 0.3, 12))
-    for half in (0.17, -0.17):
-        base = np.column_stack([np.full(12, half), ridge_v + 0.03, ridge_z])
-        crest = np.column_stack([np.full(12, half * 0.35), ridge_v - height * np.sin(turn), ridge_z + height * np.cos(turn) * 0.6])
-        shape = np.vstack([head.pixels(base), head.pixels(crest)[::-1]])
-        sitter.canvas.shaded(shape, color, sitter.light, 0.35)
-    front = np.array([(-0.17, ridge_v[0] + 0.03, ridge_z[0]), (0.17, ridge_v[0] + 0.03, ridge_z[0])])
-    spread = [(0.17, v, z) for v, z in zip(ridge_v[:8], ridge_z[:8])] + [(-0.17, v, z) for v, z in zip(ridge_v[:8], ridge_z[:8])][::-1]
-    sitter.canvas.fill(head.pixels(np.array(spread)), color)
-    tips = [(u * 0.5, ridge_v[5] - 0.36 - 0.06 * abs(u), ridge_z[5]) for u in (0.16, 0.0, -0.16)]
-    fan = np.vstack([front, np.array([(0.2, ridge_v[4] - 0.1, ridge_z[4]), *tips, (-0.2, ridge_v[4] - 0.1, ridge_z[4])])])
-    sitter.canvas.shaded(smooth_curve(head.pixels(fan), 3), color, sitter.light, 0.4)
+    # a crest over the crown, from the forehead to the back of the head: a dark flank, a lit flank, a few strands
+    turn = np.linspace(0.45, 2.2, 14)
+    ridge_v, ridge_z = -0.16 + (top + 0.18) * np.sin(turn), 0.80 * np.cos(turn)
+    height = 0.46 * np.sin(np.linspace(0.35, np.pi - 0.5, 14)) ** 0.7
+    tip_v, tip_z = ridge_v - height * np.sin(turn), ridge_z + height * np.cos(turn) * 0.5
+
+    def flank(base: float, crown: float) -> np.ndarray:
+        low = head.pixels(np.column_stack([np.full(14, base), ridge_v + 0.04, ridge_z]))
+        high = head.pixels(np.column_stack([np.full(14, crown), tip_v, tip_z]))
+        return np.vstack([low, high[::-1]])
+
+    near = sitter.near_side()
+    face_on = np.vstack([flank(0.21, 0.10)[:14], flank(-0.21, -0.10)[:14][::-1]])
+    crown = np.vstack([flank(0.21, 0.10)[14:], flank(-0.21, -0.10)[14:][::-1]])
+    front = head.pixels(
+        np.array([(-0.21, ridge_v[0] + 0.04, ridge_z[0]), (-0.10, tip_v[0], tip_z[0]), (0.10, tip_v[0], tip_z[0]), (0.21, ridge_v[0] + 0.04, ridge_z[0])])
+    )
+    sheet = np.vstack([flank(0.21, 0.10), flank(-0.21, -0.10)])
+    sitter.canvas.shaded(cv2.convexHull(np.vstack([face_on, crown, sheet]).astype(np.float32))[:, 0].astype(float), shade_of(color, -0.10), sitter.light, 0.4)
+    sitter.canvas.shaded(flank(-near * -0.21, near * 0.10), color, sitter.light, 0.35)
+    sitter.canvas.shaded(front, shade_of(color, 0.10), sitter.light, 0.2)
+    for index in (3, 5, 7):
+        strand = np.array([(near * 0.19, ridge_v[index], ridge_z[index]), (near * 0.12, tip_v[index] + 0.06, tip_z[index])])
+        sitter.line(head.pixels(strand), shade_of(color, -0.30), 0.022)

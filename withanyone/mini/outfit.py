@@ -8,6 +8,8 @@ from .draw import CIRCLE, CLOTHES_COLORS, Sitter, shade_of, smooth_curve
 
 FRAME_COLORS = ((36, 34, 40), (128, 52, 40), (176, 136, 60), (50, 70, 130))
 
+BELOW = 14.0  # far enough down to leave any picture, in head units
+
 
 def draw_body(sitter: Sitter) -> None:
     """Neck, shoulders and clothes."""
@@ -20,14 +22,14 @@ def draw_body(sitter: Sitter) -> None:
     shadow = sitter.head.outline() + [0.0, 0.16 * sitter.scale]
     canvas.blend(shadow, shade_of(skin, -0.48), 0.6, 0.05 * sitter.scale, canvas.mask(column))
     half = [(neck * 1.02, 1.30), (0.78 * build, 1.46), (1.28 * build, 1.66), (1.52 * build, 2.05), (1.62 * build, 2.8), (1.66 * build, 4.6)]
-    right = np.array(half)
-    shoulders = np.vstack([smooth_curve(right, 4, closed=False), smooth_curve(right * [-1, 1], 4, closed=False)[::-1]])
+    right = np.vstack([smooth_curve(np.array(half), 4, closed=False), [(1.66 * build, BELOW)]])
+    shoulders = np.vstack([right, (right * [-1, 1])[::-1]])
     dip = np.array([(-neck * 0.55, 1.50), (0.0, 1.58), (neck * 0.55, 1.50)])
     torso = sitter.body(np.vstack([shoulders, dip]))
     canvas.shaded(torso, color, light, 0.40)
     cloth = canvas.mask(torso)
     for side in (-1, 1):
-        sleeve = sitter.body([(side * 1.12 * build, 2.2), (side * 1.16 * build, 3.2), (side * 1.20 * build, 4.6), (side * 1.09 * build, 4.6), (side * 1.07 * build, 3.0)])
+        sleeve = sitter.body([(side * 1.12 * build, 2.2), (side * 1.16 * build, 3.2), (side * 1.20 * build, BELOW), (side * 1.09 * build, BELOW), (side * 1.07 * build, 3.0)])
         canvas.blend(sleeve, shade_of(color, -0.36), 0.7, 0.03 * sitter.scale, cloth)
     KINDS[sitter.look.clothing](sitter, color, neck, cloth)
 
@@ -47,7 +49,7 @@ def _tshirt(sitter: Sitter, color: np.ndarray, neck: float, cloth: np.ndarray) -
 def _shirt(sitter: Sitter, color: np.ndarray, neck: float, cloth: np.ndarray) -> None:
     canvas = sitter.canvas
     canvas.shaded(sitter.body([(-neck * 0.9, 1.28), (neck * 0.9, 1.28), (0.0, 1.84)]), shade_of(sitter.skin, -0.10), sitter.light, 0.2)
-    sitter.line(sitter.body([(0.0, 1.84), (0.0, 4.6)]), shade_of(color, -0.34), 0.03)
+    sitter.line(sitter.body([(0.0, 1.84), (0.0, BELOW)]), shade_of(color, -0.34), 0.03)
     for height in (2.15, 2.6, 3.05):
         canvas.dot(sitter.body([(0.07, height)])[0], 0.045 * sitter.scale, shade_of(color, 0.55 if color.mean() < 190 else -0.35))
     for side in (-1, 1):
@@ -80,7 +82,7 @@ def _sweater(sitter: Sitter, color: np.ndarray, neck: float, cloth: np.ndarray) 
 def _jacket(sitter: Sitter, color: np.ndarray, neck: float, cloth: np.ndarray) -> None:
     canvas = sitter.canvas
     under = np.array([244.0, 240.0, 232.0]) if color.mean() < 205 else np.array([70.0, 74.0, 90.0])
-    inside = [(-neck * 1.05, 1.30), (neck * 1.05, 1.30), (0.46, 2.5), (0.42, 4.6), (-0.42, 4.6), (-0.46, 2.5)]
+    inside = [(-neck * 1.05, 1.30), (neck * 1.05, 1.30), (0.46, 2.5), (0.42, BELOW), (-0.42, BELOW), (-0.46, 2.5)]
     canvas.blend(sitter.body(inside), under, 1.0, 0.0, None)
     canvas.shaded(sitter.body(_collar_line(neck, 0.26, 1.02)), shade_of(sitter.skin, -0.10), sitter.light, 0.2)
     for side in (-1, 1):
@@ -175,10 +177,10 @@ def _straw_hat(sitter: Sitter, color: np.ndarray) -> None:
 
 
 def _headband(sitter: Sitter, color: np.ndarray) -> None:
-    band = np.vstack([_front_edge(sitter, -0.86, 0.10), _front_edge(sitter, -0.66, 0.08)[::-1]])
-    _hat_shadow(sitter, _front_edge(sitter, -0.66, 0.08), 0.06)
+    band = np.vstack([_front_edge(sitter, -0.90, 0.10), _front_edge(sitter, -0.64, 0.08)[::-1]])
+    _hat_shadow(sitter, _front_edge(sitter, -0.64, 0.08), 0.06)
     sitter.canvas.shaded(band, color, sitter.light, 0.4)
-    stripe = np.vstack([_front_edge(sitter, -0.79, 0.10), _front_edge(sitter, -0.73, 0.10)[::-1]])
+    stripe = np.vstack([_front_edge(sitter, -0.81, 0.10), _front_edge(sitter, -0.73, 0.10)[::-1]])
     sitter.canvas.fill(stripe, shade_of(color, 0.7) if color.mean() < 190 else shade_of(color, -0.4))
 
 

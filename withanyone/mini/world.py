@@ -90,22 +90,22 @@ TRAITS: dict[str, tuple[float, float]] = {
     "forehead_width": (0.93, 0.085),
     "forehead_height": (1.20, 0.07),
     "jaw": (0.76, 0.15),
-    "chin_width": (0.32, 0.13),
+    "chin_width": (0.35, 0.11),
     "chin_length": (0.00, 0.12),
     "chin_forward": (0.00, 0.09),
     "cheek_fullness": (0.00, 1.00),
     "eye_spacing": (0.365, 0.06),
     "eye_height": (-0.06, 0.075),
-    "eye_width": (0.195, 0.045),
-    "eye_opening": (0.54, 0.16),
+    "eye_width": (0.205, 0.042),
+    "eye_opening": (0.60, 0.16),
     "eye_tilt": (0.03, 0.24),
     "eye_depth": (0.50, 0.50),
     "iris_size": (0.112, 0.019),
     "lid_crease": (0.50, 0.50),
     "lash": (0.50, 0.50),
     "brow_thickness": (0.078, 0.042),
-    "brow_tilt": (0.02, 0.26),
-    "brow_height": (0.265, 0.065),
+    "brow_tilt": (-0.06, 0.20),
+    "brow_height": (0.28, 0.062),
     "brow_length": (0.245, 0.06),
     "brow_arch": (0.50, 0.50),
     "brow_taper": (0.50, 0.50),
@@ -122,7 +122,7 @@ TRAITS: dict[str, tuple[float, float]] = {
     "upper_lip": (0.062, 0.034),
     "lower_lip": (0.085, 0.042),
     "cupids_bow": (0.50, 0.50),
-    "mouth_corners": (0.00, 0.03),
+    "mouth_corners": (0.018, 0.026),
     "ear_size": (0.19, 0.065),
     "ear_out": (0.05, 0.06),
     "ear_height": (0.06, 0.07),
@@ -133,7 +133,7 @@ TRAITS: dict[str, tuple[float, float]] = {
     "lip_tint": (0.50, 0.50),
     "brow_tone": (0.50, 0.50),
     "eye_asymmetry": (0.00, 0.028),
-    "mouth_asymmetry": (0.00, 0.035),
+    "mouth_asymmetry": (0.00, 0.022),
     "nose_asymmetry": (0.00, 0.03),
     "jaw_asymmetry": (0.00, 0.035),
 }
@@ -150,7 +150,7 @@ MARKS: dict[str, float] = {
     "hollow_cheeks": 0.25,
 }
 
-SKIN_TONES = ((72, 45, 34), (112, 72, 50), (150, 102, 72), (188, 138, 104), (222, 176, 142), (246, 210, 184))
+SKIN_TONES = ((92, 60, 46), (124, 82, 58), (150, 102, 72), (188, 138, 104), (222, 176, 142), (246, 210, 184))
 IRIS_COLORS = (
     (62, 38, 22),
     (104, 64, 30),
@@ -161,7 +161,7 @@ IRIS_COLORS = (
     (108, 150, 190),
     (118, 122, 130),
 )
-BROW_COLORS = ((30, 24, 22), (66, 42, 28), (104, 70, 42), (150, 110, 60), (138, 66, 34), (122, 120, 120))
+BROW_COLORS = ((30, 24, 22), (58, 38, 26), (88, 58, 36), (140, 100, 56), (124, 62, 34), (44, 32, 28))
 
 
 def split_of(identity: int) -> str:
@@ -212,14 +212,15 @@ def make_identity(seed: int) -> Identity:
     undertone = np.array([4.0, -1.0, -9.0]) * traits["skin_undertone"]
     rosiness = np.array([5.0, -7.0, -4.0]) * (traits["skin_rosiness"] - 0.5)
     skin = np.clip(_ramp(SKIN_TONES, traits["skin_tone"]) + undertone + rosiness, 20, 252)
-    lip_color = _ramp(((0.80, 0.56, 0.52), (0.90, 0.60, 0.60), (0.96, 0.52, 0.55)), traits["lip_tint"])
+    lip_color = _ramp(((0.86, 0.58, 0.54), (0.93, 0.58, 0.58), (0.98, 0.52, 0.56)), traits["lip_tint"])
     lips = np.clip(skin * lip_color + np.array([14, 0, 4]), 20, 240)
     iris = np.array(IRIS_COLORS[rng.integers(len(IRIS_COLORS))]) + rng.uniform(-14, 14, 3)
     brows = np.array(BROW_COLORS[rng.integers(len(BROW_COLORS))]) * (0.75 + 0.4 * traits["brow_tone"])
+    brows = brows * (0.55 + 0.45 * traits["skin_tone"])
 
     spots = rng.uniform(-1, 1, (26, 2))
     number_of_moles = rng.choice(4, p=[0.4, 0.3, 0.2, 0.1])
-    moles = [(rng.uniform(-0.6, 0.6), rng.uniform(-0.4, 0.85), rng.uniform(0.028, 0.045)) for _ in range(3)]
+    moles = [(rng.uniform(-0.5, 0.5), rng.uniform(-0.45, 0.75), rng.uniform(0.026, 0.042)) for _ in range(3)]
     scar = (rng.uniform(-0.55, 0.55), rng.uniform(-0.55, 0.45), rng.uniform(-1, 1))
     return Identity(
         seed=int(seed),
@@ -285,7 +286,7 @@ def _pick(rng: np.random.Generator, attribute: str, weights: Sequence[float] | N
 def random_appearance(rng: np.random.Generator) -> Appearance:
     """An appearance drawn independently of who the person is."""
     ahead, turn, side = rng.random() < 0.42, rng.beta(1.6, 1.5), rng.choice([-1.0, 1.0])
-    yaw = float(np.clip(rng.normal(0, 0.1), -0.19, 0.19)) if ahead else float(side * (0.28 + 0.52 * turn))
+    yaw = float(np.clip(rng.normal(0, 0.1), -0.19, 0.19)) if ahead else float(side * (0.28 + 0.49 * turn))
     hat = _pick(rng, "hat", (60, 11, 11, 9, 9))
     hair_style = _pick(rng, "hair_style")
     if hat != "none":
@@ -295,7 +296,7 @@ def random_appearance(rng: np.random.Generator) -> Appearance:
         pitch=float(np.clip(rng.normal(0, 0.13), -0.3, 0.3)),
         roll=float(np.clip(rng.normal(0, 0.1), -0.3, 0.3)),
         gaze=float(rng.uniform(-1, 1)),
-        expression=_pick(rng, "expression", (24, 24, 15, 13, 12, 12)),
+        expression=_pick(rng, "expression", (23, 29, 17, 12, 10, 9)),
         hair_style=hair_style,
         hair_color=_pick(rng, "hair_color", (22, 20, 16, 13, 11, 9, 9)),
         hat=hat,
@@ -375,12 +376,12 @@ def place_faces(count: int, width: int, height: int, rng: np.random.Generator, c
         rows = 2
     columns = -(-count // rows)
     spacing = width / columns
-    largest = 0.55 * height if rows == 1 else 0.215 * height
-    size = min(0.86 * spacing, largest) * rng.uniform(0.92, 1.02)
+    largest = 0.53 * height if rows == 1 else 0.21 * height
+    size = min((0.86 if count > 3 else 0.78) * spacing, largest) * rng.uniform(0.93, 1.03)
     faces = []
     for row in range(rows):
         in_row = min(columns, count - row * columns)
-        middle = (0.50 if rows == 1 else 0.285 + 0.39 * row) * height
+        middle = (0.55 if rows == 1 else 0.30 + 0.39 * row) * height
         for column in range(in_row):
             center_x = width * (column + 0.5) / in_row + spacing * rng.uniform(-0.05, 0.05)
             stagger = (0.045 * (-1) ** column if rows == 1 and count > 1 else 0.0) * height
