@@ -86,7 +86,7 @@ def test_landmarks_that_align_nothing_are_refused(kps):
 
 @pytest.mark.parametrize("smooth", [0, 2, 6])
 def test_align_face_is_insightfaces_crop_within_what_interpolation_explains(smooth):
-    """OpenCV rounds the result to whole values, and before version 5 positions to 1/32 px; nothing else differs.
+    """OpenCV rounds the result to whole values, and before version 5 positions to 1/32 px; that is all.
 
     So a pixel differs by at most half a value, plus the rounding of its position times the picture's steepest
     step in x and in y (the black beyond the edge belongs to the picture).

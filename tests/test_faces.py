@@ -628,6 +628,17 @@ def test_loading_prints_nothing_and_logs_the_active_providers(pack, capfd, caplo
     assert "run on ['CPUExecutionProvider']" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_a_provider_that_is_offered_but_does_not_start_is_reported(pack, monkeypatch, caplog):
+    """onnxruntime-gpu on a machine whose CUDA libraries are missing runs on the CPU without an error."""
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    with caplog.at_level(logging.WARNING):
+        analyzer = FaceAnalyzer.from_pretrained(pack)
+    assert analyzer.providers == ["CPUExecutionProvider"]
+    assert "not on CUDAExecutionProvider" in caplog.text
+
+
 class PipelineWithFaces(DiffusionPipeline):
     def __init__(self, face_analyzer: FaceAnalyzer):
         super().__init__()

@@ -632,7 +632,11 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
             f"{detector.model_file} gives no key points: a detector with five key points is needed."
         )
     active = recognizer.session.get_providers()
-    wanted = list(providers) if providers else active
-    level = logging.WARNING if wanted[0] != active[0] else logging.INFO
-    logger.log(level, "Face models of %s run on %s (onnxruntime offers %s).", folder, active, available)
+    wanted = list(providers or [p for p in ("CUDAExecutionProvider",) if p in available] or active)
+    if wanted[0] == active[0]:
+        logger.info("Face models of %s run on %s (onnxruntime offers %s).", folder, active, available)
+    else:  # onnxruntime falls back to the CPU by itself, where a CUDA library is missing, say
+        logger.warning(
+            "Face models of %s run on %s, not on %s, which did not start.", folder, active, wanted[0]
+        )
     return detector, recognizer
