@@ -535,6 +535,14 @@ def test_other_models_of_a_pack_are_left_out(pack, analyzer, group, tmp_path):
     assert len(list((tmp_path / "saved").glob("*.onnx"))) == 2
 
 
+def test_models_are_not_saved_among_others(pack, analyzer, tmp_path):
+    """The folder would be loaded with whichever detector comes first by name."""
+    (tmp_path / "another.onnx").write_bytes((pack / "detection.onnx").read_bytes())
+    with pytest.raises(ValueError, match=r"`save_directory`.*another.onnx"):
+        analyzer.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["another.onnx"]
+
+
 def test_nested_folder_of_the_antelopev2_archive_is_found(pack, analyzer, group, tmp_path):
     without(pack, tmp_path / "antelopev2" / "antelopev2", "face_analyzer.json")
     found = FaceAnalyzer.from_pretrained(tmp_path / "antelopev2", det_size=(256, 256), enlarge=False)

@@ -460,9 +460,8 @@ class FaceAnalyzer(FeatureExtractionMixin):
         """(N, 512) from N aligned BGR faces."""
         if not aligned:
             return np.empty((0, 512), np.float32)
-        step = (
-            1 if isinstance(self._recognizer.input_shape[0], int) else len(aligned)
-        )  # a fixed batch is of 1
+        fixed_batch = isinstance(self._recognizer.input_shape[0], int)
+        step = 1 if fixed_batch else len(aligned)
         parts = [self._recognizer.get_feat(aligned[i : i + step]) for i in range(0, len(aligned), step)]
         return np.concatenate(parts).astype(np.float32)
 
@@ -470,7 +469,14 @@ class FaceAnalyzer(FeatureExtractionMixin):
         """Copy the two models in use, and the settings as `face_analyzer.json`, into a folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for source in (self.detection_path, self.recognition_path):
+        sources = (self.detection_path, self.recognition_path)
+        others = {path.name for path in folder.glob("*.onnx")} - {source.name for source in sources}
+        if others and not folder.samefile(self.folder):
+            raise ValueError(
+                f"`save_directory` {folder} holds other models ({sorted(others)}), which would be taken for "
+                "these: give another folder, or delete them."
+            )
+        for source in sources:
             target = folder / source.name
             if not (target.exists() and target.samefile(source)):
                 shutil.copyfile(source, target)
