@@ -339,6 +339,18 @@ def test_faces_act_in_the_passes_they_should(pipe, faces_in_negative):
     assert np.array_equal(run(pipe), flux_run(pipe, sigmas=released_sigmas()))
 
 
+def test_what_has_no_effect_is_said(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(pipe, num_inference_steps=1, guidance_scale=2.0, negative_prompt="", true_cfg_scale=2.0)
+    assert "no effect" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        run(pipe, num_inference_steps=1, negative_prompt="abc")
+    assert "`negative_prompt` has no effect unless `true_cfg_scale`" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        run(tiny.pipeline(guidance_embeds=False), num_inference_steps=1, guidance_scale=2.0)
+    assert "`guidance_scale` has no effect" in caplog.text
+
+
 # Batches and the rest of FluxPipeline
 
 

@@ -35,10 +35,10 @@ class LoadingMixin(DiffusionPipeline):
         Raises:
             ValueError: no pipeline there, or a part is missing; the message names it.
         """
-        source = os.fspath(pretrained_model_name_or_path)
+        source = os.path.expanduser(os.fspath(pretrained_model_name_or_path))
         if os.path.isdir(source):
             folder = source
-        elif source.count("/") != 1 or source.startswith((".", "~", "/")):
+        elif source.count("/") != 1 or source.startswith((".", "/")):
             raise ValueError(f"`{source}` is neither a folder nor a Hub id (owner/name); check the path.")
         else:
             folder = cls.download(source, **kwargs)
@@ -48,7 +48,10 @@ class LoadingMixin(DiffusionPipeline):
             # diffusers looks for classes only in modules that are imported; this package's are ours to
             # import.
             importlib.import_module(library)
-        kwargs.setdefault("use_safetensors", True)
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError(
+                "`use_safetensors` is False, but pickled weights are never read; convert them first."
+            )
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=source)
         return pipeline
@@ -85,7 +88,8 @@ class LoadingMixin(DiffusionPipeline):
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Write model_index.json, and a pipeline.py of a few lines.
 
-        By the latter `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` finds this class.
+        By the latter `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` finds this class in
+        a folder on the disk; given a Hub id, diffusers' own `download` takes no components of ours.
         """
         super().save_config(save_directory)
         file = os.path.join(save_directory, self.config_name)

@@ -13,6 +13,7 @@ transformers, step caches) works unchanged.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ from . import flow, layout
 from .adapter import CONDITIONING_KEY, FaceAdapter
 from .faces import Face, FaceAnalyzer, ImageSource
 from .loading import LoadingMixin
+
+logger = logging.getLogger(__name__)
 
 Person = ImageSource | Face | Sequence[ImageSource | Face]
 
@@ -326,6 +329,10 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
 
         # 2. Check what FluxPipeline does not.
         self.check_face_inputs(faces, bboxes, settings, joint_attention_kwargs, kwargs)
+        if guidance_scale is not None and not self.transformer.config.guidance_embeds:
+            logger.warning("`guidance_scale` has no effect on this `transformer`: use `true_cfg_scale`.")
+        if negative_prompt and true_cfg_scale <= 1:
+            logger.warning("`negative_prompt` has no effect unless `true_cfg_scale` is more than 1.")
         id_scale, siglip_scale = settings.pop("id_scale"), settings.pop("siglip_scale")
         faces_in_negative = settings.pop("faces_in_negative")
 
