@@ -87,10 +87,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 mini: $(VENV)/.dev
-	$(BIN)/python -m withanyone.mini train $(ARGS)
+	$(BIN)/python -m withanyone.mini build $(ARGS)
 
 sheet: $(VENV)/.dev
-	$(BIN)/python -m withanyone.mini figure $(ARGS)
+	$(BIN)/python -m withanyone.mini people $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,120 @@
+"""The house: what README, Makefile and the lists of packages say is true of this repository."""
+
+from __future__ import annotations
+
+import ast
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*(ROOT / "withanyone").rglob("*.py"), *(ROOT / "train").rglob("*.py"), ROOT / "app.py"])
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def packages(name: str) -> list[str]:
+    """Names on the lines of a requirements or constraints file."""
+    lines = (line.split("#")[0].strip() for line in read(name).splitlines())
+    return [normal(re.split(r"[\[=<>!~; ]", line)[0]) for line in lines if line and not line.startswith("-")]
+
+
+def declared() -> list[str]:
+    """Names of every dependency in pyproject.toml, extras too (Python 3.10 has no TOML reader)."""
+    text = read("pyproject.toml")
+    lists = re.findall(r"^(?:dependencies|app|train|dev) = \[(.*?)\]", text, flags=re.S | re.M)
+    return [normal(name) for body in lists for name in re.findall(r'"([A-Za-z0-9_.-]+?)[\[<>=!~;"]', body)]
+
+
+def test_every_dependency_is_pinned() -> None:
+    assert len(declared()) > 20
+    missing = {*declared(), *packages("requirements.txt"), *packages("pre-requirements.txt")}
+    assert missing - set(packages("constraints.txt")) == set()
+
+
+def test_the_gpu_build_of_onnxruntime_comes_last_and_alone() -> None:
+    """insightface brings the CPU build; named anywhere else it could be installed after the GPU one."""
+    assert packages("pre-requirements.txt") == ["insightface"]
+    assert packages("requirements.txt")[-1] == "onnxruntime-gpu"
+    assert "onnxruntime" not in [*packages("requirements.txt"), *declared()]
+
+
+def test_a_space_installs_what_the_app_needs() -> None:
+    text = read("pyproject.toml")
+    needed = re.findall(r"^(?:dependencies|app) = \[(.*?)\]", text, flags=re.S | re.M)
+    names = {normal(name) for body in needed for name in re.findall(r'"([A-Za-z0-9_.-]+?)[\[<>=!~;"]', body)}
+    assert names - set(packages("requirements.txt")) == set()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "hub_card/README.md"])
+def test_documents_name_files_and_targets_that_exist(document: str) -> None:
+    text = read(document)
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    local = [link for link in links if not link.startswith("http")]
+    missing = [link for link in local if not (ROOT / document).parent.joinpath(link).exists()]
+    quoted = re.findall(r"`((?:withanyone|train|tests|examples|benchmarks|hub_card)/[\w./-]+)`", text)
+    missing += [path for path in quoted if not (ROOT / path).exists()]
+    assert missing == []
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), flags=re.M))
+    assert set(re.findall(r"(?<![\w-])make ([a-z]+)\b(?= *(?:[`\n#,]|$))", text)) <= targets
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", read("README.md"), flags=re.S)
+    assert re.search(r"^make test\b", "\n".join(blocks), flags=re.M)
+    steps = re.findall(r"\bstep (make \w+)$", read(".ci/run"), flags=re.M)
+    assert steps.index("make test") < steps.index("make slow")
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_python_in_the_documents_is_python_and_names_what_exists() -> None:
+    import withanyone
+
+    for document in ("README.md", "hub_card/README.md"):
+        blocks = re.findall(r"```python\n(.*?)```", read(document), flags=re.S)
+        assert blocks
+        for block in blocks:
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and node.module == "withanyone":
+                    assert {alias.name for alias in node.names} <= set(withanyone.__all__)
+
+
+def test_the_wheel_holds_every_file_of_the_miniature() -> None:
+    patterns = re.search(r'^"withanyone.mini" = \[(.*)\]', read("pyproject.toml"), flags=re.M).group(1)
+    patterns = re.findall(r'"([^"]+)"', patterns)
+    mini = ROOT / "withanyone" / "mini"
+    files = [path for path in mini.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    names = [path.relative_to(mini).as_posix() for path in files]
+    assert [name for name in names if not any(fnmatch(name, p.replace("**/", "")) for p in patterns)] == []
+
+
+def test_the_bundled_weights_stay_small() -> None:
+    files = [path for path in (ROOT / "withanyone" / "mini" / "pretrained").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 60e6
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_pickle_is_loaded_and_no_error_swallowed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "pickle.load", "pickle.loads"), (
+                f"line {node.lineno}: {called}"
+            )
+            pickled = [
+                word
+                for word in node.keywords
+                if word.arg == "allow_pickle" and ast.unparse(word.value) != "False"
+            ]
+            assert not pickled, f"line {node.lineno}: allow_pickle"
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            assert not broad, f"line {node.lineno}: a broad except"
