@@ -36,7 +36,9 @@ def npy(value) -> bytes:
     return stream.getvalue()
 
 
-def record(identities: list[int], seed: int, size=(64, 64), *, named: bool, kps: bool = True) -> dict[str, bytes]:
+def record(
+    identities: list[int], seed: int, size=(64, 64), *, named: bool, kps: bool = True
+) -> dict[str, bytes]:
     """The members of one good record: painted faces side by side."""
     rng = np.random.default_rng(seed)
     width, height = size
@@ -47,7 +49,12 @@ def record(identities: list[int], seed: int, size=(64, 64), *, named: bool, kps:
         x, y = i * column + rng.integers(0, column - side + 1), rng.integers(0, height - side + 1)
         boxes.append([int(x), int(y), int(x) + side, int(y) + side])
         image = tiny_faces.paint_face(image, boxes[-1], identity)
-    info = {"caption_en": f"{'abc'[len(identities) - 1]} face", "bboxes": boxes, "url": "", "aesthetics_score": 5.0}
+    info = {
+        "caption_en": f"{'abc'[len(identities) - 1]} face",
+        "bboxes": boxes,
+        "url": "",
+        "aesthetics_score": 5.0,
+    }
     if named:
         info["names"] = [f"person_{i:03d}" for i in identities]
     if kps:
@@ -73,14 +80,15 @@ def flat(records: dict[str, dict[str, bytes]]) -> dict[str, bytes]:
 def write_shards(
     folder: Path, *, people: int = 6, photos: int = 4, records: int = 12, sizes=((64, 64),), kps: bool = True
 ) -> Path:
-    """train_rec (two shards), train_cp (one), ref/tars (two): `records` of one or two people in each subset."""
+    """train_rec (two shards), train_cp (one), ref/tars (two): `records` of one or two people in each
+    subset."""
     rng = np.random.default_rng(0)
     for subset, count in (("train_rec", 2), ("train_cp", 1)):
         for shard in range(count):
             made = {}
             for i in range(shard, records, count):
                 who = rng.choice(people, 1 + i % 2, replace=False).tolist()
-                size = sizes[i % len(sizes)]
+                size = sizes[i // 2 % len(sizes)]
                 made[f"{i:05d}"] = record(who, 100 + i, size, named=subset == "train_cp", kps=kps)
             write_tar(folder / subset / f"{shard:04d}.tar", flat(made))
     for shard in range(2):
@@ -112,8 +120,10 @@ def tiny_pipeline(folder: Path) -> WithAnyonePipeline:
 def settings(shards: Path, out: Path, **overrides) -> dict:
     """Settings of a tiny run on the CPU in full precision."""
     values = {
-        "shards": str(shards), "output_dir": str(out), "cache_dir": str(shards / "cache"), "adapter_inner_dim": 64,
-        "buckets": [[64, 64]], "train_batch_size": 4, "max_train_steps": 4, "max_faces": 4, "num_negatives": 8,
+        "shards": str(shards), "output_dir": str(out), "cache_dir": str(shards / "cache"),
+        "adapter_inner_dim": 64,
+        "buckets": [[64, 64]], "train_batch_size": 4, "max_train_steps": 4, "max_faces": 4,
+        "num_negatives": 8,
         "mixed_precision": "no", "frozen_dtype": "float32", "gradient_checkpointing": False, "cpu": True,
         "lr_warmup_steps": 1, "learning_rate": 1e-3, "export_dtype": "float32", "id_loss_max_sigma": 0.9,
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Command line of training: `python -m train --config PHASE.yaml [PHASE.yaml ...] [key=value ...]`.
 
-Several phases run in turn, each going on from the last one's adapter. The same command again goes on where the
-run was; a finished phase is passed over.
+Several phases run in turn, each going on from the last one's adapter. The same command again goes on where
+the run was; a finished phase is passed over.
 """
 
 from __future__ import annotations

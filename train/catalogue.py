@@ -1,11 +1,12 @@
-"""The catalogue: every good record of a set of shards, where its bytes lie, and what was wrong with the others.
+"""The catalogue: every good record of a set of shards, where its bytes lie, and what was wrong with the
+others.
 
 Built once by a pass over the shards, kept as arrays in a folder, rebuilt when a shard changed. It makes the
 order of samples a matter of numbers alone (a permutation of record numbers, whatever the number of shards,
 workers or machines), and the place in the data stream a single counter.
 
-Landmarks of the targets are found in the same pass: taken from the record where it carries them, else detected
-once and matched to the record's boxes by overlap. A face without a match has NaN landmarks.
+Landmarks of the targets are found in the same pass: taken from the record where it carries them, else
+detected once and matched to the record's boxes by overlap. A face without a match has NaN landmarks.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def match_landmarks(
     bboxes: np.ndarray, found_bboxes: np.ndarray, found_kps: np.ndarray, min_iou: float = MATCH_IOU
 ) -> np.ndarray:
-    """Landmarks (N, 5, 2) for the boxes (N, 4): of the detection that overlaps most, each used once, best first.
+    """Landmarks (N, 5, 2) for the boxes (N, 4): of the detection that overlaps most, each used once, best
+    first.
 
     NaN where no detection overlaps by `min_iou`.
     """
@@ -79,7 +81,8 @@ def match_landmarks(
 
 @dataclass
 class Catalogue:
-    """Good records of one subset. Record i: shard `shards[shard[i]]`, member bytes `offsets[i]`, `sizes[i]`."""
+    """Good records of one subset. Record i: shard `shards[shard[i]]`, member bytes `offsets[i]`,
+    `sizes[i]`."""
 
     shards: list[str]
     paired: bool
@@ -137,7 +140,8 @@ def build_catalogue(
     detect: LandmarkDetector | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Catalogue:
-    """One pass over `shards`: every record is read and checked, pictures decoded far enough to see they are whole.
+    """One pass over `shards`: every record is read and checked, pictures decoded far enough to see they are
+    whole.
 
     Args:
         paired: records must name their people (train_cp).
@@ -249,7 +253,8 @@ def ensure_catalogue(
     known_names: set[str] | None = None,
     detect: LandmarkDetector | None = None,
 ) -> Catalogue:
-    """The catalogue of `root`/train_rec ("rec") or `root`/train_cp ("cp"), built where it is missing or old."""
+    """The catalogue of `root`/train_rec ("rec") or `root`/train_cp ("cp"), built where it is missing or
+    old."""
     shards = list_shards(f"{root.rstrip('/')}/{SUBSETS[subset]}")
     if not shards:
         raise ValueError(

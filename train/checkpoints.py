@@ -2,7 +2,8 @@
 
     OUT/checkpoints/step_00001200/   adapter.safetensors, ema.safetensors, optimizer.safetensors, state.json
 
-Only the adapter is in them. Nothing random is: every draw of the run follows from seed and step (train/data.py).
+Only the adapter is in them. Nothing random is: every draw of the run follows from seed and step
+(train/data.py).
 """
 
 from __future__ import annotations

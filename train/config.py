@@ -47,6 +47,10 @@ class TrainConfig:
             "five people", "six people", "seven people", "eight people",
         ]
     )  # fmt: skip
+    text_lengths: list[int] = field(
+        default_factory=list
+    )  # text is padded to the first of these that holds the batch's
+    # captions, where the base knows several lengths; none: to the tokenizer's full length (512 at most)
     text_cache_size: int = 256  # captions whose embeddings are kept in memory
     text_dropout: float = 0.1  # share of samples trained with an empty prompt
     max_faces: int = 8  # records with more people are skipped
@@ -159,13 +163,13 @@ class TrainConfig:
             )
         if not self.buckets or any(len(b) not in (2, 3) or min(b) < 1 for b in self.buckets):
             raise ValueError(
-                f"`buckets` must be a list of [width, height] or [width, height, batch size], got {self.buckets}."
+                f"`buckets` must be [width, height] or [width, height, batch size] each, got {self.buckets}."
             )
         if len(self.similarity_range) != 2 or self.similarity_range[0] > self.similarity_range[1]:
             raise ValueError(f"`similarity_range` must be [lowest, highest], got {self.similarity_range}.")
         if len(self.count_prompts) < self.max_faces:
             raise ValueError(
-                f"`count_prompts` has {len(self.count_prompts)} entries, fewer than `max_faces` ({self.max_faces})."
+                f"`count_prompts` has {len(self.count_prompts)} entries for `max_faces` {self.max_faces}."
             )
 
     @property

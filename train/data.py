@@ -2,10 +2,11 @@
 
 `BatchPlan` says which records make up global batch number s: a pure function of the catalogue's sizes, the
 settings and the seed. Whatever is random about a sample (its reference, noise level, noise, dropout, scales)
-is drawn from a generator seeded by (seed, the sample's number). So the place in the data stream is one counter,
-the stream is the same on one process and on sixteen with any number of workers, and going on from a checkpoint
-needs no saved random state. Records are read at random places of their tars, which local disks and fsspec's
-range requests serve; a strictly sequential source would need another plan with the same interface.
+is drawn from a generator seeded by (seed, the sample's number). So the place in the data stream is one
+counter, the stream is the same on one process and on sixteen with any number of workers, and going on from
+a checkpoint needs no saved random state. Records are read at random places of their tars, which local disks
+and fsspec's range requests serve; a strictly sequential source would need another plan with the same
+interface.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def assign_buckets(width: np.ndarray, height: np.ndarray, buckets: Sequence[Sequ
 def crop_window(
     width: int, height: int, bucket_width: int, bucket_height: int, bboxes: np.ndarray
 ) -> tuple[float, float, float, float]:
-    """The largest window of the bucket's shape inside the picture, moved towards the faces: (x1, y1, x2, y2)."""
+    """The largest window of the bucket's shape inside the picture, moved towards the faces: (x1, y1, x2,
+    y2)."""
     scale = min(width / bucket_width, height / bucket_height)
     w, h = bucket_width * scale, bucket_height * scale
     center = (bboxes[:, :2].min(0) + bboxes[:, 2:].max(0)) / 2
@@ -115,7 +117,8 @@ class BatchPlan:
         return Item(position, subset, index, int(self.buckets_of[subset][index]))
 
     def batches(self, start: int = 0) -> Iterator[list[Item]]:
-        """Global batches from number `start` on. Skipping costs about a microsecond a sample: nothing is read."""
+        """Global batches from number `start` on. Skipping costs about a microsecond a sample: nothing is
+        read."""
         waiting: list[list[Item]] = [[] for _ in self.batch_sizes]
         number = position = 0
         while True:
@@ -138,8 +141,8 @@ def draw_scales(
 ) -> tuple[float, float]:
     """(id_scale, siglip_scale) of a training sample: a random place of the two sliders.
 
-    Every position that a user can set is seen: diversity 0 and 1 (one branch alone) by `corner_share`, the rest
-    uniform between them; a single branch is trained at its own corner.
+    Every position that a user can set is seen: diversity 0 and 1 (one branch alone) by `corner_share`, the
+    rest uniform between them; a single branch is trained at its own corner.
     """
     similarity = float(rng.uniform(*similarity_range))
     corner, side, between = rng.random(3)
@@ -347,8 +350,8 @@ def open_data(
     for name, catalogue in catalogues.items():
         if catalogue.bad_share > config.max_bad_share:
             raise ValueError(
-                f"`shards` {config.shards!r}: {catalogue.bad_share:.1%} of the {name!r} records are damaged, more than "
-                f"`max_bad_share` ({config.max_bad_share:.1%}): {catalogue.bad}."
+                f"`shards` {config.shards!r}: {catalogue.bad_share:.1%} of the {name!r} records are damaged, "
+                f"more than `max_bad_share` ({config.max_bad_share:.1%}): {catalogue.bad}."
             )
     return catalogues, bank
 
@@ -358,7 +361,8 @@ def open_data(
 
 @dataclass
 class Batch:
-    """B samples of one size; F is the largest number of faces among them, rows beyond a sample's own are zero."""
+    """B samples of one size; F is the largest number of faces among them, rows beyond a sample's own are
+    zero."""
 
     positions: list[int]
     pixel_values: Tensor  # (B, 3, H, W) in [-1, 1]
@@ -390,8 +394,8 @@ def collate(
 ) -> Batch:
     """Examples with different numbers of faces as one batch. `prepare` turns face crops into encoder inputs.
 
-    Kept features and fresh crops never mix in a batch: where some examples have crops, `prepare` is applied to
-    those, and `features` holds the others' rows (zero elsewhere).
+    Kept features and fresh crops never mix in a batch: where some examples have crops, `prepare` is applied
+    to those, and `features` holds the others' rows (zero elsewhere).
     """
     most = max(len(e.bboxes) for e in examples)
 
@@ -449,8 +453,8 @@ def make_plan(dataset: TrainDataset, config: TrainConfig, world_size: int = 1) -
     for size in sizes:
         if size % world_size:
             raise ValueError(
-                f"`train_batch_size` (or a bucket's own) is {size} samples over all processes, which does not "
-                f"divide among {world_size}."
+                f"`train_batch_size` (or a bucket's own) is {size} samples over all processes, which "
+                f"does not divide among {world_size}."
             )
     return BatchPlan(dataset.buckets_of, sizes, config.paired_ratio, config.seed)
 

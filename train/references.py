@@ -1,7 +1,8 @@
-"""The reference bank: embeddings of everybody's reference photos, and where each photo lies in the `ref` tars.
+"""The reference bank: embeddings of everybody's reference photos, and where each photo lies in the `ref`
+tars.
 
-Built once (`python -m train references`), opened memory-mapped. Photos are sorted by identity, so one person's
-photos are a range of rows and leaving people out of a draw is arithmetic on ranges:
+Built once (`python -m train references`), opened memory-mapped. Photos are sorted by identity, so one
+person's photos are a range of rows and leaving people out of a draw is arithmetic on ranges:
 
     embeddings.npy (P, 512) float32, raw      bbox.npy (P, 4) the face in its photo
     names.npy (I,) people, sorted             start.npy (I + 1,) rows of person i: start[i]:start[i + 1]
@@ -89,7 +90,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
-# --- choosing a reference, drawing negatives -----------------------------------------------------------------
+# --- choosing a reference, drawing negatives --------------------------------------------------------------
 
 
 def choose_reference(
@@ -106,8 +107,9 @@ def choose_reference(
     """A row of the bank to be person `identity`'s reference, or None where the sample should be dropped.
 
     "random" (paper, section 4.2): any of the person's photos. "released" (the released loader): of `draws`
-    photos drawn the one most similar to any face of the target (`target_embeddings` (N, 512)); the first above
-    `stop_above` is taken at once, and where the best is below `drop_below` there is none. It favours copying.
+    photos drawn the one most similar to any face of the target (`target_embeddings` (N, 512)); the first
+    above `stop_above` is taken at once, and where the best is below `drop_below` there is none. It favours
+    copying.
     """
     photos = bank.photos(identity)
     if rule == "random":
@@ -141,8 +143,8 @@ def draw_negatives(
 ) -> np.ndarray:
     """`count` rows of other people's photos, one set for a whole batch: nobody of `identities` is among them.
 
-    Uniform over the rows that remain, with replacement. Vectorised: numbers below the remaining count are drawn
-    and moved past the ranges of rows that are left out. Entries of -1 (unidentified) leave nobody out.
+    Uniform over the rows that remain, with replacement. Vectorised: numbers below the remaining count are
+    drawn and moved past the ranges of rows that are left out. Entries of -1 (unidentified) leave nobody out.
     """
     out = np.unique(np.asarray(identities, dtype=np.int64))
     out = out[out >= 0]
@@ -198,10 +200,11 @@ def _embedding_and_box(
 def build_bank(
     shards: Sequence[str], folder: str | Path, *, find_face: FaceFinder | None = None
 ) -> tuple[ReferenceBank, dict[str, int]]:
-    """Writes the bank of `shards` (tars with one folder a person) to `folder`; returns it and what was left out.
+    """Writes the bank of `shards` (tars with one folder a person) to `folder`; returns it and what was left
+    out.
 
-    A photo `person/photo.jpg` takes its embedding from `person/photo.npy` beside it (an array (512,), or a dict
-    with `embedding` and `bboxes`) or, where there is none, from `find_face`.
+    A photo `person/photo.jpg` takes its embedding from `person/photo.npy` beside it (an array (512,), or a
+    dict with `embedding` and `bboxes`) or, where there is none, from `find_face`.
     """
     rows: list[tuple[str, tuple[int, int, int], np.ndarray, np.ndarray]] = []
     bad: Counter[str] = Counter()
@@ -295,7 +298,8 @@ def cache_features(
     crop: Callable[[Image.Image, np.ndarray], Image.Image],
     batch_size: int = 64,
 ) -> ReferenceBank:
-    """Keeps the image features of every reference's face crop (`features.npy`), so that training reads no photo.
+    """Keeps the image features of every reference's face crop (`features.npy`), so that training reads no
+    photo.
 
     `crop(photo, bbox)` cuts the face; `encode(crops)` gives (B, T, C).
     """

@@ -1,9 +1,9 @@
 """Records of MultiID-2M as released: tar shards of `<key>.jpg`, `<key>.json`, `<key>.npy`.
 
 Two steps. `scan_shard` reads a tar's headers and says where each record's members lie; `read_record` fetches
-the bytes and `parse_record` turns them into a checked `Record`. Nothing is ever unpacked to disk, and a pickle
-is read by an unpickler that admits numpy arrays and plain containers only. Whatever is wrong with a record is
-a `BadRecord` with one of `REASONS`, so that damage is counted by kind.
+the bytes and `parse_record` turns them into a checked `Record`. Nothing is ever unpacked to disk, and a
+pickle is read by an unpickler that admits numpy arrays and plain containers only. Whatever is wrong with a
+record is a `BadRecord` with one of `REASONS`, so that damage is counted by kind.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import posixpath
 import struct
@@ -85,7 +86,15 @@ def _scalar(dtype: np.dtype, data: bytes) -> Any:
     return np.frombuffer(data, dtype=dtype, count=1)[0]
 
 
+def _bytes(text: str, encoding: str) -> bytes:
+    """Protocols up to 2 store bytes as Latin-1 text."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"refused: the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
 _ADMITTED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _ArrayType, ("numpy", "dtype"): np.dtype}
+_ADMITTED["_codecs", "encode"] = _bytes
 for _core in ("core", "_core"):  # the name before and since numpy 2
     _ADMITTED[f"numpy.{_core}.multiarray", "_reconstruct"] = _reconstruct
     _ADMITTED[f"numpy.{_core}.multiarray", "scalar"] = _scalar
@@ -93,7 +102,8 @@ for _core in ("core", "_core"):  # the name before and since numpy 2
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays, numbers and plain containers. Everything else is refused before it is looked up."""
+    """Admits numpy arrays, numbers and plain containers. Everything else is refused before it is looked
+    up."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -218,14 +228,18 @@ def group_members(members: list[Member]) -> dict[str, dict[str, Member]]:
 
 
 class ShardReader:
-    """Bytes of members, with the most recently used shards kept open (one reader a process)."""
+    """Bytes of members, with the most recently used shards kept open."""
 
     def __init__(self, max_open: int = 32) -> None:
         self._open: OrderedDict[str, BinaryIO] = OrderedDict()
         self._max_open = max_open
+        self._process = os.getpid()
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """`size` bytes of shard `path` from `offset` on; `BadRecord("broken_shard")` where the file is shorter."""
+        """`size` bytes of shard `path` from `offset` on; `BadRecord("broken_shard")` where the file is
+        shorter."""
+        if self._process != os.getpid():  # a forked worker shares its parent's file positions
+            self._open, self._process = OrderedDict(), os.getpid()
         stream = self._open.pop(path, None) or fsspec.open(path, "rb").open()
         self._open[path] = stream
         if len(self._open) > self._max_open:
@@ -241,7 +255,7 @@ class ShardReader:
             self._open.popitem()[1].close()
 
     def __getstate__(self) -> dict[str, Any]:  # open files stay behind when a data worker is started
-        return {"_open": OrderedDict(), "_max_open": self._max_open}
+        return {**self.__dict__, "_open": OrderedDict()}
 
 
 # --- one record --------------------------------------------------------------------------------------------
@@ -264,8 +278,8 @@ class Record:
 def decode_image(data: bytes, *, check_only: bool = False) -> np.ndarray:
     """RGB picture (H, W, 3) uint8 of encoded bytes. No EXIF turn: the boxes were found on the stored pixels.
 
-    `check_only` decodes a JPEG at an eighth of its size, which finds a cut-off file at a fraction of the time.
-    Raises `BadRecord("bad_image")`.
+    `check_only` decodes a JPEG at an eighth of its size, which finds a cut-off file at a fraction of the
+    time. Raises `BadRecord("bad_image")`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -332,8 +346,8 @@ def _landmarks(info: Mapping[str, Any], people: int) -> np.ndarray | None:
 def parse_sides(json_bytes: bytes, npy_bytes: bytes, *, paired: bool) -> dict[str, Any]:
     """The `.json` and `.npy` of a record, checked: every field of `Record` but the picture.
 
-    Boxes are moved by the corner of `crop` where there is one (released layout: boxes are in the pixels of the
-    uncropped picture).
+    Boxes are moved by the corner of `crop` where there is one (released layout: boxes are in the pixels of
+    the uncropped picture).
     """
     if max(len(json_bytes), len(npy_bytes)) > MAX_SIDE_FILE_BYTES:
         raise BadRecord("bad_json" if len(json_bytes) > len(npy_bytes) else "bad_npy", "too large")

@@ -114,7 +114,8 @@ def make_optimizers(
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """What the learning rates are multiplied by at `step`: linear warm-up, then constant or a cosine's half."""
+    """What the learning rates are multiplied by at `step`: linear warm-up, then constant or a cosine's
+    half."""
     warmup = min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
     if config.lr_scheduler == "constant":
         return warmup
@@ -174,7 +175,7 @@ class Trainer:
         self.reads = 0
         self.bad: Counter[str] = Counter()
         self.faces: Counter[str] = Counter()
-        self._text: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._text: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
         self._resume()
 
     # --- set-up ------------------------------------------------------------------------------------------
@@ -191,7 +192,9 @@ class Trainer:
         for name in ("transformer", "text_encoder", "text_encoder_2", "image_encoder", "vae"):
             # the VAE in full precision: its rounding would be part of the target
             part_dtype = torch.float32 if name == "vae" else dtype
-            getattr(pipeline, name).to(self.device, part_dtype).eval().requires_grad_(False)
+            part = getattr(pipeline, name).to(self.device).eval().requires_grad_(False)
+            if part.dtype != part_dtype:
+                part.to(part_dtype)
         if config.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         self.recognizer = None
@@ -290,12 +293,13 @@ class Trainer:
             kps = batch.kps[sample, face]
             count = torch.tensor([len(sample)], device=self.device, dtype=torch.float32)
         if len(sample):
+            # coordinates need full precision: the warp stays outside of autocast
+            aligned = align_face(pictures[row].float(), kps_estimate.to(self.device))  # (K, 3, 112, 112)
+            aligned_target = align_face(pixels[sample], kps.to(self.device))
             with self.accelerator.autocast():
-                generated = self.recognizer(
-                    align_face(pictures[row].float(), kps_estimate.to(self.device))
-                )  # (K, 512)
+                generated = self.recognizer(aligned)  # (K, 512)
                 with torch.no_grad():
-                    target = self.recognizer(align_face(pixels[sample], kps.to(self.device)))  # (K, 512)
+                    target = self.recognizer(aligned_target)  # (K, 512)
             identity = id_loss(generated, target).sum()
             if negatives is not None:
                 positive = target
@@ -309,7 +313,8 @@ class Trainer:
                 contrastive = id_contrastive_loss(
                     generated, positive, negatives, config.contrastive_temperature, allowed
                 ).sum()
-        # processes see different numbers of faces: divide by the number of all, so that the mean over processes is right
+        # processes see different numbers of faces: divide by the number of all, so that the mean over
+        # processes is right
         total = self.accelerator.reduce(count, "sum").item() / self.accelerator.num_processes
         total = max(total, 1e-6) if total > 0 else 1.0
         logs = {"id_faces": float(count.item())}
@@ -415,20 +420,33 @@ class Trainer:
         side = self.adapter.config.pixels_per_token
         return self.pipeline._prepare_latent_image_ids(1, height // side, width // side, self.device, dtype)
 
+    def _text_length(self, prompts: list[str]) -> int:
+        """Text tokens of a batch: the full length, or the first of `text_lengths` that holds every
+        caption."""
+        tokenizer = self.pipeline.tokenizer_2
+        full = min(512, tokenizer.model_max_length)
+        if not self.config.text_lengths:
+            return full
+        longest = max(len(ids) for ids in tokenizer(prompts).input_ids)
+        return min((n for n in self.config.text_lengths if n >= longest), default=full)
+
     @torch.no_grad()
     def _encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """(B, L, C) and pooled (B, C) embeddings; captions seen lately are kept."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._text]
+        length = self._text_length(prompts)
+        keys = [(prompt, length) for prompt in prompts]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._text]
         if missing:
-            longest = min(512, self.pipeline.tokenizer_2.model_max_length)
             embeds, pooled, _ = self.pipeline.encode_prompt(
-                prompt=missing, prompt_2=None, device=self.device, max_sequence_length=longest
+                prompt=[prompt for prompt, _ in missing],
+                prompt_2=None,
+                device=self.device,
+                max_sequence_length=length,
             )
-            for i, prompt in enumerate(missing):
-                self._text[prompt] = (embeds[i], pooled[i])
-        rows = [self._text[p] for p in prompts]
-        for prompt in prompts:
-            self._text.move_to_end(prompt)
+            self._text.update({key: (embeds[i], pooled[i]) for i, key in enumerate(missing)})
+        rows = [self._text[key] for key in keys]
+        for key in keys:
+            self._text.move_to_end(key)
         while len(self._text) > self.config.text_cache_size:
             self._text.popitem(last=False)
         return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
@@ -453,7 +471,8 @@ class Trainer:
     # --- the run -----------------------------------------------------------------------------------------
 
     def train(self) -> Path:
-        """Runs from where the output folder is to `max_train_steps`; returns the finished adapter's folder."""
+        """Runs from where the output folder is to `max_train_steps`; returns the finished adapter's
+        folder."""
         config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)

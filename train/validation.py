@@ -92,7 +92,8 @@ def sheet(rows: list[list[Image.Image]], height: int = 160) -> Image.Image:
 
 
 def validate(pipeline: WithAnyonePipeline, cases: str, count: int, out: Path) -> dict[str, float]:
-    """Makes the cases' pictures, writes references, target and result of each to `out`, and returns mean scores."""
+    """Makes the cases' pictures, writes references, target and result of each to `out`, and returns mean
+    scores."""
     scores, rows = [], []
     pipeline.set_progress_bar_config(disable=True)
     for number, case in enumerate(read_cases(cases, count)):
