@@ -1,8 +1,8 @@
-"""How the drawn world draws a person: a head as turned cross-sections, features laid on its surface, soft light.
+"""How a person is drawn: a head of turned cross-sections, features laid on its surface, soft light.
 
-Coordinates of the face are in head units: ``u`` to the picture's right, ``v`` down, ``z`` towards the viewer, origin
-at the middle of the head. :class:`Head` turns them by yaw, pitch and roll into pixels, so landmarks and the face's
-box are exact by construction. Colours are RGB in 0..255.
+Coordinates of the face are in head units: ``u`` to the picture's right, ``v`` down, ``z`` towards the
+viewer, origin at the middle of the head. :class:`Head` turns them by yaw, pitch and roll into pixels, so
+landmarks and the face's box are exact by construction. Colours are RGB in 0..255.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CLOTHES_COLORS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- light
+# ------------------------------------------------------------------------------------------------------ light
 @dataclass(frozen=True)
 class Light:
     """Where light comes from (``x`` to the right, ``y`` down), and how it colours the whole picture."""
@@ -79,7 +79,7 @@ def make_light(name: str, rng: np.random.Generator) -> Light:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- canvas
+# ----------------------------------------------------------------------------------------------------- canvas
 def smooth_curve(points: np.ndarray, steps: int = 6, closed: bool = True) -> np.ndarray:
     """Catmull-Rom spline through points (N, D): (N * steps, D), or one more point if open."""
     points = np.asarray(points, np.float64)
@@ -99,7 +99,13 @@ def smooth_curve(points: np.ndarray, steps: int = 6, closed: bool = True) -> np.
     return curve if closed else np.vstack([curve, points[-1]])
 
 
-CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 28, endpoint=False)), np.sin(np.linspace(0, 2 * np.pi, 28, endpoint=False))], -1)
+CIRCLE = np.stack(
+    [
+        np.cos(np.linspace(0, 2 * np.pi, 28, endpoint=False)),
+        np.sin(np.linspace(0, 2 * np.pi, 28, endpoint=False)),
+    ],
+    -1,
+)
 
 
 def shade_of(color: Sequence[float], amount: float) -> np.ndarray:
@@ -135,7 +141,9 @@ class Canvas:
 
     def stroke(self, points: np.ndarray, color: Sequence[float], width: float, closed: bool = False) -> None:
         thickness = max(1, int(round(width)))
-        cv2.polylines(self.image, [self._fixed(points)], closed, self._color(color), thickness, cv2.LINE_AA, SHIFT)
+        cv2.polylines(
+            self.image, [self._fixed(points)], closed, self._color(color), thickness, cv2.LINE_AA, SHIFT
+        )
 
     def dot(self, center: np.ndarray, radius: float, color: Sequence[float]) -> None:
         self.fill(np.asarray(center) + CIRCLE * radius, color)
@@ -154,7 +162,12 @@ class Canvas:
         return None if x1 - x0 < 1 or y1 - y0 < 1 else (slice(y0, y1), slice(x0, x1))
 
     def _coverage(
-        self, points: np.ndarray, region: tuple[slice, slice], alpha: float, blur: float, clip: np.ndarray | None
+        self,
+        points: np.ndarray,
+        region: tuple[slice, slice],
+        alpha: float,
+        blur: float,
+        clip: np.ndarray | None,
     ) -> np.ndarray:
         """(h, w, 1) float32 opacity of a polygon inside a region."""
         rows, columns = region
@@ -207,9 +220,9 @@ def finish(canvas: Canvas, light: Light, factor: int) -> np.ndarray:
     return cv2.LUT(image, np.ascontiguousarray(table[:, None, :]))
 
 
-# ----------------------------------------------------------------------------------------------------------- head
+# ------------------------------------------------------------------------------------------------------- head
 class Head:
-    """Geometry of one person's head in one pose: cross-sections (ellipses) from crown to chin, turned and placed."""
+    """One head in one pose: cross-sections (ellipses) from crown to chin, turned and placed."""
 
     FACE_TOP = -0.72  # where a face detector's box begins
 
@@ -255,7 +268,12 @@ class Head:
                 (-0.05, cheek, 0.0, 0.86),
                 (0.26, 0.975 * cheek - hollow, 0.07, 0.80),
                 (0.62 + drop, jaw, 0.28, 0.60),
-                (0.88 + 0.5 * trait["chin_length"] + drop, 0.5 * jaw + 0.5 * chin_width + 0.02, 0.46 + ahead / 2, 0.36),
+                (
+                    0.88 + 0.5 * trait["chin_length"] + drop,
+                    0.5 * jaw + 0.5 * chin_width + 0.02,
+                    0.46 + ahead / 2,
+                    0.36,
+                ),
                 (chin - 0.07, 0.84 * chin_width, 0.60 + ahead, 0.18),
                 (chin, 0.0, 0.68 + ahead, 0.0),
             ]
@@ -293,13 +311,15 @@ class Head:
         return self.pixels(np.column_stack([points, z]))
 
     def rim(self, side: int, top: float, bottom: float, grow: float = 0.0, steps: int = 14) -> np.ndarray:
-        """The head's outline on one side (-1 left, 1 right of the picture) between two heights: (steps, 2) pixels."""
+        """The outline on one side (-1 left, 1 right) between two heights: (steps, 2) pixels."""
         v = np.linspace(top, bottom, steps)
         inside = np.clip(v, self.sections[0, 0], self.sections[-1, 0])
         width, middle, depth = self.at(inside)
         return self.pixels(self._extreme(side, v, width + grow, middle, depth + grow))
 
-    def _extreme(self, side: int, v: np.ndarray, width: np.ndarray, middle: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    def _extreme(
+        self, side: int, v: np.ndarray, width: np.ndarray, middle: np.ndarray, depth: np.ndarray
+    ) -> np.ndarray:
         """The points of elliptic cross-sections that stand out furthest to one side: (N, 3)."""
         reach = np.sqrt((width * self.cos_yaw) ** 2 + (depth * self.sin_yaw) ** 2) + 1e-9
         x = side * width**2 * self.cos_yaw / reach
@@ -409,7 +429,7 @@ class MouthShape:
         return self._along(0.0)[[0, -1]]
 
 
-# --------------------------------------------------------------------------------------------------------- sitter
+# ----------------------------------------------------------------------------------------------------- sitter
 @dataclass
 class Sitter:
     """What every drawing function needs: where to draw, the geometry, who it is, how they look, the light."""
@@ -454,8 +474,8 @@ class Sitter:
 
 def draw_person(canvas: Canvas, head: Head, identity: Identity, look: Appearance, light: Light) -> None:
     """Draw one person, back to front."""
-    from . import hair as hairdo
     from . import face, outfit
+    from . import hair as hairdo
 
     sitter = Sitter(canvas, head, identity, look, light, np.random.default_rng([0xD7, look.detail_seed]))
     hairdo.draw_back(sitter)

@@ -52,7 +52,18 @@ def _ear(sitter: Sitter, side: int) -> None:
     width, middle, _ = head.at(trait["ear_height"])
     out = trait["ear_out"] + 0.25 * size
     lobe = 1 + 0.35 * trait["ear_lobe"]
-    shape = np.array([(0, -1.15), (0.62, -1.0), (0.78, -0.35), (0.5, 0.35), (0.3, 0.95 * lobe), (-0.1, 0.9 * lobe), (-0.2, 0)])
+    shape = np.array(
+        [
+            (0, -1.15),
+            (0.62, -1.0),
+            (0.78, -0.35),
+            (0.5, 0.35),
+            (0.3, 0.95 * lobe),
+            (-0.1, 0.9 * lobe),
+            (-0.2, 0),
+        ]
+    )
+
     def place(points: np.ndarray) -> np.ndarray:
         u = side * (width + 0.01 + points[:, 0] * out)
         z = middle - 0.02 - points[:, 0] * 1.1 * size
@@ -87,7 +98,10 @@ def _complexion(sitter: Sitter) -> None:
     mouth = head.mouth()
     below = np.array([0, mouth.height + mouth.opening * 0.78 + mouth.lower + 0.075]) + CIRCLE * [0.17, 0.035]
     sitter.soft(head.surface(below), shade_of(skin, -0.34), 0.55, 0.03)
-    chin = np.array([0, 0.93 + trait["chin_length"] + head.jaw_drop]) + CIRCLE * [trait["chin_width"] * 0.6, 0.08]
+    chin = np.array([0, 0.93 + trait["chin_length"] + head.jaw_drop]) + CIRCLE * [
+        trait["chin_width"] * 0.6,
+        0.08,
+    ]
     sitter.soft(head.surface(chin), shade_of(skin, 0.22), 0.35, 0.05)
 
 
@@ -98,7 +112,9 @@ def _marks(sitter: Sitter) -> None:
     crease = shade_of(skin, -0.36)
     for u, v in sitter.identity.freckle_spots:
         spot = head.surface(np.array([(0.50 * u, 0.20 + 0.17 * v)]))[0]
-        sitter.canvas.blend(spot + CIRCLE * 0.022 * sitter.scale, skin * [0.74, 0.60, 0.50], 0.45 + 0.4 * trait["freckles"])
+        sitter.canvas.blend(
+            spot + CIRCLE * 0.022 * sitter.scale, skin * [0.74, 0.60, 0.50], 0.45 + 0.4 * trait["freckles"]
+        )
     for number in range(3 if trait["forehead_lines"] else 0):
         across = np.linspace(-0.42, 0.42, 9) * (1 - 0.12 * number)
         v = -0.52 - 0.10 * number + 0.05 * across**2
@@ -120,20 +136,35 @@ def _marks(sitter: Sitter) -> None:
         if fold:
             tip_v = trait["eye_height"] + trait["nose_length"]
             out = mouth.half_width + 0.06
-            points = [(side * (trait["nose_width"] + 0.05), tip_v - 0.02), (side * (out + 0.01), tip_v + 0.12), (side * (out + 0.03), mouth.height)]
+            points = [
+                (side * (trait["nose_width"] + 0.05), tip_v - 0.02),
+                (side * (out + 0.01), tip_v + 0.12),
+                (side * (out + 0.03), mouth.height),
+            ]
             _groove(sitter, smooth_curve(np.array(points), 4, closed=False), 0.02, 0.7 * fold)
         if trait["cheek_dimples"]:
             u = side * (mouth.half_width + 0.12)
-            dimple = head.surface(np.array([(u, mouth.height - 0.05), (u + side * 0.02, mouth.height + 0.05)]))
+            dimple = head.surface(
+                np.array([(u, mouth.height - 0.05), (u + side * 0.02, mouth.height + 0.05)])
+            )
             sitter.line(dimple, crease, 0.022)
     if trait["chin_dimple"]:
         v = 0.90 + trait["chin_length"] + head.jaw_drop
-        sitter.soft(head.surface(np.array([0, v + 0.03]) + CIRCLE * [0.02, 0.06]), crease, 0.9 * trait["chin_dimple"], 0.012)
+        sitter.soft(
+            head.surface(np.array([0, v + 0.03]) + CIRCLE * [0.02, 0.06]),
+            crease,
+            0.9 * trait["chin_dimple"],
+            0.012,
+        )
     for u, v, radius in sitter.identity.moles:
-        sitter.canvas.dot(head.surface(np.array([(u, v)]))[0], radius * sitter.scale, skin * [0.42, 0.34, 0.30])
+        sitter.canvas.dot(
+            head.surface(np.array([(u, v)]))[0], radius * sitter.scale, skin * [0.42, 0.34, 0.30]
+        )
     if sitter.identity.scar is not None:
         u, v, slope = sitter.identity.scar
-        line = head.surface(np.array([(u - 0.09, v - 0.11 * slope), (u, v + 0.01), (u + 0.09, v + 0.11 * slope)]))
+        line = head.surface(
+            np.array([(u - 0.09, v - 0.11 * slope), (u, v + 0.01), (u + 0.09, v + 0.11 * slope)])
+        )
         sitter.line(line, shade_of(skin, 0.35) * [1.0, 0.90, 0.90], 0.03)
 
 
@@ -203,7 +234,9 @@ def _glint(sitter: Sitter, side: int) -> None:
     radius = sitter.identity["iris_size"]
     direction = 1 if sitter.light.x > 0 else -1
     spot = _iris_center(sitter, side) + np.array([direction * 0.34, -0.34]) * radius
-    sitter.canvas.blend(sitter.head.surface(spot + CIRCLE * radius * 0.30), (255, 255, 255), 0.95, 0.0, opening)
+    sitter.canvas.blend(
+        sitter.head.surface(spot + CIRCLE * radius * 0.30), (255, 255, 255), 0.95, 0.0, opening
+    )
 
 
 def _brow(sitter: Sitter, side: int) -> None:
@@ -223,7 +256,7 @@ def _brow(sitter: Sitter, side: int) -> None:
 
 
 def _nose_outline(sitter: Sitter) -> tuple[np.ndarray, np.ndarray]:
-    """The ridge of the nose from between the eyes to the tip: (u, v) (7, 2) and how far it stands out (7,)."""
+    """The ridge of the nose, down to its tip: (u, v) (7, 2), and how far it stands out (7,)."""
     trait = sitter.identity
     share = np.linspace(0, 1, 7)
     top = trait["eye_height"] - 0.04
@@ -253,7 +286,11 @@ def _nose(sitter: Sitter) -> None:
     if abs(sitter.look.yaw) > 0.2:
         dark_side = -sitter.near_side()
     edge = np.array(
-        [(dark_side * bridge, ridge[0, 1] - 0.02), (dark_side * bridge * 1.05, ridge[3, 1]), (tip_u + dark_side * wing * 0.95, tip_v)]
+        [
+            (dark_side * bridge, ridge[0, 1] - 0.02),
+            (dark_side * bridge * 1.05, ridge[3, 1]),
+            (tip_u + dark_side * wing * 0.95, tip_v),
+        ]
     )
     flank = np.vstack([head.surface(ridge, lift), head.surface(edge[::-1], 0.03)])
     canvas.blend(flank, shadow, 0.55, 0.02 * scale)
@@ -278,12 +315,20 @@ def _nose(sitter: Sitter) -> None:
         ]
         canvas.blend(head.surface(nostril, stand * 0.38), skin * [0.40, 0.30, 0.30], 0.75, 0.008 * scale)
         curve = np.array(
-            [(tip_u + side * wing * 0.86, tip_v - 0.085), (tip_u + side * wing * 1.06, tip_v - 0.015), (tip_u + side * wing * 0.82, tip_v + 0.05)]
+            [
+                (tip_u + side * wing * 0.86, tip_v - 0.085),
+                (tip_u + side * wing * 1.06, tip_v - 0.015),
+                (tip_u + side * wing * 0.82, tip_v + 0.05),
+            ]
         )
         if side * head.sin_yaw < 0.45:
-            sitter.line(smooth_curve(head.surface(curve, 0.05), 4, closed=False), shade_of(skin, -0.36), 0.020)
+            sitter.line(
+                smooth_curve(head.surface(curve, 0.05), 4, closed=False), shade_of(skin, -0.36), 0.020
+            )
     if abs(sitter.look.yaw) > 0.2:
-        sitter.line(smooth_curve(head.surface(ridge, lift), 3, closed=False)[6:], shade_of(skin, -0.30), 0.018)
+        sitter.line(
+            smooth_curve(head.surface(ridge, lift), 3, closed=False)[6:], shade_of(skin, -0.30), 0.018
+        )
     shine = shade_of(skin, 0.34)
     near = np.array([-0.02 * np.sign(head.sin_yaw), 0.0])
     band = np.vstack([ridge[1:6] + near - [bridge * 0.35, 0], (ridge[1:6] + near + [bridge * 0.35, 0])[::-1]])
@@ -307,13 +352,21 @@ def _mouth(sitter: Sitter) -> None:
         if sitter.look.expression == "laughing":
             teeth = np.vstack([upper, (upper + 0.42 * (lower - upper))[::-1]])
             canvas.blend(head.surface(teeth, 0.02), (250, 248, 243), 1.0, 0.0, hole)
-            tongue = np.array([0, mouth.height + mouth.opening * 0.72]) + CIRCLE * [mouth.half_width * 0.55, 0.07]
+            tongue = np.array([0, mouth.height + mouth.opening * 0.72]) + CIRCLE * [
+                mouth.half_width * 0.55,
+                0.07,
+            ]
             canvas.blend(head.surface(tongue, 0.02), (212, 96, 104), 0.9, 0.01 * scale, hole)
         if sitter.look.expression == "angry":
             canvas.blend(inside, (244, 240, 234), 0.95, 0.0, hole)
-    canvas.blend(head.surface(np.vstack([mouth.upper_edge(), upper[::-1]]), 0.03), lips * 0.88, 0.95, 0.006 * scale)
+    canvas.blend(
+        head.surface(np.vstack([mouth.upper_edge(), upper[::-1]]), 0.03), lips * 0.88, 0.95, 0.006 * scale
+    )
     canvas.blend(head.surface(np.vstack([lower, mouth.lower_edge()[::-1]]), 0.04), lips, 0.95, 0.006 * scale)
-    gloss = np.array([0, mouth.lower_edge()[7, 1] - 0.55 * mouth.lower]) + CIRCLE * [mouth.half_width * 0.32, mouth.lower * 0.22]
+    gloss = np.array([0, mouth.lower_edge()[7, 1] - 0.55 * mouth.lower]) + CIRCLE * [
+        mouth.half_width * 0.32,
+        mouth.lower * 0.22,
+    ]
     canvas.blend(head.surface(gloss, 0.04), shade_of(lips, 0.42), 0.6, 0.012 * scale)
     line = lips * 0.48
     sitter.line(head.surface(upper, 0.04), line, 0.018)
@@ -353,7 +406,12 @@ def _beard(sitter: Sitter) -> None:
     patch = head.surface(smooth_curve(moustache, 4), 0.035)
     if kind in ("moustache", "beard"):
         sitter.soft(patch, color, 0.96, 0.012)
-        sitter.soft(head.surface(smooth_curve(moustache * [0.8, 1] - [0, 0.015], 3), 0.035), shade_of(color, 0.16), 0.45, 0.02)
+        sitter.soft(
+            head.surface(smooth_curve(moustache * [0.8, 1] - [0, 0.015], 3), 0.035),
+            shade_of(color, 0.16),
+            0.45,
+            0.02,
+        )
     if kind == "moustache":
         return
     v = np.linspace(0.05, 1.25, 13)
@@ -361,7 +419,14 @@ def _beard(sitter: Sitter) -> None:
     outer = np.stack([width * 1.1 + 0.05, v], -1)
     chin = head.sections[-1, 0]
     inner = np.array(
-        [(0.0, mouth.lower_edge()[7, 1] + 0.06), (half * 0.8, mouth.height + 0.13), (half + 0.10, mouth.height - 0.03), (0.66 * head.width, 0.47), (0.88 * head.width, 0.22), (0.93 * head.width, 0.05)]
+        [
+            (0.0, mouth.lower_edge()[7, 1] + 0.06),
+            (half * 0.8, mouth.height + 0.13),
+            (half + 0.10, mouth.height - 0.03),
+            (0.66 * head.width, 0.47),
+            (0.88 * head.width, 0.22),
+            (0.93 * head.width, 0.05),
+        ]
     )
     inner = smooth_curve(inner, 4, closed=False)
     right = np.vstack([inner, outer[v <= chin + 0.05]])
@@ -393,7 +458,7 @@ def _skin_or_rim(sitter: Sitter, region: np.ndarray) -> np.ndarray:
 
 
 def _light(sitter: Sitter, outline: np.ndarray) -> None:
-    """Shade the face as a rounded form: ambient and a lamp, shadows warmer than the skin, a thin rim of light."""
+    """Shade the face as a rounded form: ambient light and a lamp, shadows warmer than the skin."""
     canvas, light = sitter.canvas, sitter.light
     low = np.maximum(np.floor(outline.min(0)).astype(int) - 1, 0)
     high = np.minimum(np.ceil(outline.max(0)).astype(int) + 2, (canvas.width, canvas.height))

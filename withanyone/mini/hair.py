@@ -32,7 +32,14 @@ def draw_back(sitter: Sitter) -> None:
     shift = _drift(sitter, 0.32)
     if style in ("long", "bob"):
         length = 1.85 if style == "long" else 0.92
-        half = [(0.0, -1.28), (0.78 * width, -1.08), (1.16 * width, -0.45), (1.24 * width, 0.25), (1.30 * width, length - 0.25), (0.95 * width, length)]
+        half = [
+            (0.0, -1.28),
+            (0.78 * width, -1.08),
+            (1.16 * width, -0.45),
+            (1.24 * width, 0.25),
+            (1.30 * width, length - 0.25),
+            (0.95 * width, length),
+        ]
         sitter.canvas.shaded(_mirrored(sitter, half, shift), dark, sitter.light, 0.3)
     elif style == "curly":
         for angle in np.linspace(0.80 * np.pi, 2.20 * np.pi, 11):
@@ -43,16 +50,35 @@ def draw_back(sitter: Sitter) -> None:
         ball = np.array([_drift(sitter, 0.22), -1.38]) + CIRCLE * [0.34, 0.30]
         sitter.canvas.shaded(head.upright(ball), sitter.hair, sitter.light, 0.42)
         for bend in (-0.4, 0.1, 0.5):
-            arc = np.array([(-0.24 + 0.1 * bend, -1.46 + 0.1 * bend), (0.0, -1.60 + 0.22 * (bend + 0.4)), (0.24, -1.44 + 0.1 * bend)])
+            arc = np.array(
+                [
+                    (-0.24 + 0.1 * bend, -1.46 + 0.1 * bend),
+                    (0.0, -1.60 + 0.22 * (bend + 0.4)),
+                    (0.24, -1.44 + 0.1 * bend),
+                ]
+            )
             arc[:, 0] += _drift(sitter, 0.22)
             sitter.line(smooth_curve(head.upright(arc), 4, closed=False), shade_of(sitter.hair, -0.3), 0.025)
     elif style == "ponytail":
         side = -1 if sitter.look.yaw > 0 else 1
         if abs(sitter.look.yaw) < 0.12:
             side = 1 if sitter.look.detail_seed % 2 else -1
-        tail = np.array([(0.45, -0.95), (0.95, -1.12), (1.36, -0.70), (1.46, 0.10), (1.26, 0.85), (1.12, 0.30), (0.98, -0.30), (0.70, -0.62)])
+        tail = np.array(
+            [
+                (0.45, -0.95),
+                (0.95, -1.12),
+                (1.36, -0.70),
+                (1.46, 0.10),
+                (1.26, 0.85),
+                (1.12, 0.30),
+                (0.98, -0.30),
+                (0.70, -0.62),
+            ]
+        )
         tail = tail * [side * width / 0.8, 1]
-        sitter.canvas.shaded(smooth_curve(head.upright(tail), 4), shade_of(sitter.hair, -0.08), sitter.light, 0.4)
+        sitter.canvas.shaded(
+            smooth_curve(head.upright(tail), 4), shade_of(sitter.hair, -0.08), sitter.light, 0.4
+        )
         tie = np.array([side * 0.80 * width / 0.8, -0.92]) + CIRCLE * [0.10, 0.13]
         sitter.canvas.fill(head.upright(tie), (226, 84, 96))
 
@@ -72,7 +98,9 @@ def _cap(sitter: Sitter, thickness: float, line: tuple[float, float, float]) -> 
     turned = np.clip(abs(head.sin_yaw) * 1.1, 0, 1)
     low = {side: ears + (0.42 * turned if side == sitter.near_side() else -0.05 * turned) for side in (-1, 1)}
     heart = head.pixels(np.array([(0.0, -0.20, -0.03)]))
-    right, left = (heart + (head.rim(side, top, low[side], 0.0, 18) - heart) * (1 + thickness) for side in (1, -1))
+    right, left = (
+        heart + (head.rim(side, top, low[side], 0.0, 18) - heart) * (1 + thickness) for side in (1, -1)
+    )
     width = head.width
     offset = 0.30 if sitter.look.detail_seed % 2 else -0.30
     parted = sitter.look.hair_style in ("short", "long", "braids")
@@ -151,7 +179,9 @@ def _spikes(sitter: Sitter, color: np.ndarray) -> None:
         away = np.array([np.sin(angle), -np.cos(angle)])
         across = np.array([np.cos(angle), np.sin(angle)])
         length = 0.40 + 0.10 * sitter.rng.random()
-        spike = np.array([root - across * 0.19 - away * 0.15, root + away * length, root + across * 0.19 - away * 0.15])
+        spike = np.array(
+            [root - across * 0.19 - away * 0.15, root + away * length, root + across * 0.19 - away * 0.15]
+        )
         sitter.canvas.shaded(head.upright(spike + [shift, 0]), color, sitter.light, 0.4)
 
 
@@ -175,12 +205,27 @@ def _locks(sitter: Sitter, color: np.ndarray, length: float) -> None:
     head, width = sitter.head, sitter.head.width
     for side in (-1, 1):
         far = side * head.sin_yaw > 0
-        reach = 0.16 * (1 - 0.75 * min(1.0, abs(head.sin_yaw) * 1.6)) if far else 0.16 + 0.10 * abs(head.sin_yaw)
+        reach = (
+            0.16 * (1 - 0.75 * min(1.0, abs(head.sin_yaw) * 1.6)) if far else 0.16 + 0.10 * abs(head.sin_yaw)
+        )
         temple = head.rim(side, -0.62, 0.15, 0.07, 5)
-        outer = head.upright(np.array([(side * 1.20 * width + _drift(sitter, 0.30), 0.45), (side * 1.22 * width + _drift(sitter, 0.34), length)]))
+        outer = head.upright(
+            np.array(
+                [
+                    (side * 1.20 * width + _drift(sitter, 0.30), 0.45),
+                    (side * 1.22 * width + _drift(sitter, 0.34), length),
+                ]
+            )
+        )
         inner_u = side * (1.22 * width - reach - 0.14)
-        inner = head.upright(np.array([(inner_u + _drift(sitter, 0.34), length), (inner_u + _drift(sitter, 0.22), 0.75)]))
-        cheek = head.surface(np.array([(side * (0.97 * width), 0.20), (side * 0.93 * width, -0.30), (side * 0.80 * width, -0.55)]))
+        inner = head.upright(
+            np.array([(inner_u + _drift(sitter, 0.34), length), (inner_u + _drift(sitter, 0.22), 0.75)])
+        )
+        cheek = head.surface(
+            np.array(
+                [(side * (0.97 * width), 0.20), (side * 0.93 * width, -0.30), (side * 0.80 * width, -0.55)]
+            )
+        )
         shape = smooth_curve(np.vstack([temple, outer, inner, cheek]), 3)
         sitter.canvas.shaded(shape, shade_of(color, -0.04), sitter.light, 0.4)
 
@@ -203,7 +248,7 @@ def _mohawk(sitter: Sitter, color: np.ndarray) -> None:
     head, top = sitter.head, -sitter.identity["forehead_height"]
     stubble = _cap(sitter, 0.0, (-0.70, -0.60, -0.14))
     sitter.soft(stubble, 0.55 * sitter.skin + 0.35 * color, 0.40, 0.03)
-    # a crest over the crown, from the forehead to the back of the head: a dark flank, a lit flank, a few strands
+    # a crest from the forehead over the crown: a dark sheet, the near flank lit, a few strands
     turn = np.linspace(0.45, 2.2, 14)
     ridge_v, ridge_z = -0.16 + (top + 0.18) * np.sin(turn), 0.80 * np.cos(turn)
     height = 0.46 * np.sin(np.linspace(0.35, np.pi - 0.5, 14)) ** 0.7
@@ -218,12 +263,26 @@ def _mohawk(sitter: Sitter, color: np.ndarray) -> None:
     face_on = np.vstack([flank(0.21, 0.10)[:14], flank(-0.21, -0.10)[:14][::-1]])
     crown = np.vstack([flank(0.21, 0.10)[14:], flank(-0.21, -0.10)[14:][::-1]])
     front = head.pixels(
-        np.array([(-0.21, ridge_v[0] + 0.04, ridge_z[0]), (-0.10, tip_v[0], tip_z[0]), (0.10, tip_v[0], tip_z[0]), (0.21, ridge_v[0] + 0.04, ridge_z[0])])
+        np.array(
+            [
+                (-0.21, ridge_v[0] + 0.04, ridge_z[0]),
+                (-0.10, tip_v[0], tip_z[0]),
+                (0.10, tip_v[0], tip_z[0]),
+                (0.21, ridge_v[0] + 0.04, ridge_z[0]),
+            ]
+        )
     )
     sheet = np.vstack([flank(0.21, 0.10), flank(-0.21, -0.10)])
-    sitter.canvas.shaded(cv2.convexHull(np.vstack([face_on, crown, sheet]).astype(np.float32))[:, 0].astype(float), shade_of(color, -0.10), sitter.light, 0.4)
+    sitter.canvas.shaded(
+        cv2.convexHull(np.vstack([face_on, crown, sheet]).astype(np.float32))[:, 0].astype(float),
+        shade_of(color, -0.10),
+        sitter.light,
+        0.4,
+    )
     sitter.canvas.shaded(flank(-near * -0.21, near * 0.10), color, sitter.light, 0.35)
     sitter.canvas.shaded(front, shade_of(color, 0.10), sitter.light, 0.2)
     for index in (3, 5, 7):
-        strand = np.array([(near * 0.19, ridge_v[index], ridge_z[index]), (near * 0.12, tip_v[index] + 0.06, tip_z[index])])
+        strand = np.array(
+            [(near * 0.19, ridge_v[index], ridge_z[index]), (near * 0.12, tip_v[index] + 0.06, tip_z[index])]
+        )
         sitter.line(head.pixels(strand), shade_of(color, -0.30), 0.022)

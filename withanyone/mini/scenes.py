@@ -39,7 +39,9 @@ class Backdrop:
     def disc(self, x: float, y: float, radius: float, color: Color) -> None:
         """Disc whose radius is a share of the shorter side."""
         center = (int(x * self.width * 16), int(y * self.height * 16))
-        cv2.circle(self.image, center, max(8, int(radius * self.unit * 16)), self._color(color), -1, cv2.LINE_AA, 4)
+        cv2.circle(
+            self.image, center, max(8, int(radius * self.unit * 16)), self._color(color), -1, cv2.LINE_AA, 4
+        )
 
     def glow(self, x: float, y: float, radius: float, color: Color, strength: float) -> None:
         """Soft light that fades from a point."""
@@ -56,7 +58,7 @@ class Backdrop:
         fine = np.linspace(-0.1, 1.1, 60)
         smooth = np.interp(fine, xs, ys)
         smooth = np.convolve(np.pad(smooth, 2, mode="edge"), np.ones(5) / 5, mode="valid")
-        self.polygon([(-0.1, 1.1), *zip(fine, smooth), (1.1, 1.1)], color)
+        self.polygon([(-0.1, 1.1), *zip(fine, smooth, strict=True), (1.1, 1.1)], color)
 
     def soften(self, amount: float) -> None:
         """Blur as of a camera focused in front; ``amount`` is a share of the shorter side."""
@@ -68,7 +70,9 @@ def _clouds(place: Backdrop, count: int, color: Color) -> None:
     for _ in range(count):
         x, y, size = rng.random(), rng.uniform(0.05, 0.3), rng.uniform(0.03, 0.06)
         for offset in (-1.2, -0.4, 0.4, 1.2):
-            place.disc(x + offset * size, y - (abs(offset) < 1) * size * 0.5, size * (1.2 - 0.3 * abs(offset)), color)
+            place.disc(
+                x + offset * size, y - (abs(offset) < 1) * size * 0.5, size * (1.2 - 0.3 * abs(offset)), color
+            )
 
 
 def beach(place: Backdrop) -> None:
@@ -82,12 +86,23 @@ def beach(place: Backdrop) -> None:
         y, x = horizon + place.rng.uniform(0.02, 0.16), place.rng.random()
         place.box(x, y, x + 0.18, y + 0.008, (196, 232, 234))
     place.gradient((240, 222, 172), (222, 190, 130), horizon + 0.17, 1)
-    place.polygon([(-0.1, horizon + 0.17), (0.5, horizon + 0.155), (1.1, horizon + 0.18), (1.1, horizon + 0.2), (-0.1, horizon + 0.19)], (250, 246, 232))
+    place.polygon(
+        [
+            (-0.1, horizon + 0.17),
+            (0.5, horizon + 0.155),
+            (1.1, horizon + 0.18),
+            (1.1, horizon + 0.2),
+            (-0.1, horizon + 0.19),
+        ],
+        (250, 246, 232),
+    )
     if place.rng.random() < 0.6:
         x = place.rng.choice([0.06, 0.94])
         for turn in np.linspace(0.2, 2.9, 6):
             tip = (x + 0.24 * np.cos(turn), 0.2 - 0.16 * np.sin(turn) + 0.06)
-            place.polygon([(x, 0.17), tip, (x + 0.1 * np.cos(turn + 0.3), 0.25 - 0.1 * np.sin(turn))], (52, 128, 70))
+            place.polygon(
+                [(x, 0.17), tip, (x + 0.1 * np.cos(turn + 0.3), 0.25 - 0.1 * np.sin(turn))], (52, 128, 70)
+            )
         place.polygon([(x - 0.012, 0.2), (x + 0.012, 0.2), (x + 0.03, 0.75), (x - 0.01, 0.75)], (132, 98, 62))
     place.soften(0.006)
 
@@ -143,7 +158,9 @@ def office(place: Backdrop) -> None:
         x = 0.6
         while x < 0.95:
             width = rng.uniform(0.018, 0.034)
-            place.box(flip(x), level - rng.uniform(0.07, 0.11), flip(x + width), level, rng.uniform(70, 220, 3))
+            place.box(
+                flip(x), level - rng.uniform(0.07, 0.11), flip(x + width), level, rng.uniform(70, 220, 3)
+            )
             x += width + 0.004
     place.gradient((170, 132, 98), (140, 106, 78), 0.8, 1)
     place.box(flip(0.02), 0.66, flip(0.2), 0.8, (60, 64, 72))
@@ -161,7 +178,9 @@ def sunset(place: Backdrop) -> None:
     place.disc(x, horizon - 0.04, 0.09, (255, 240, 190))
     for _ in range(4):
         left, y = rng.uniform(-0.1, 0.9), rng.uniform(0.08, 0.4)
-        place.polygon([(left, y), (left + 0.15, y - 0.012), (left + 0.32, y), (left + 0.15, y + 0.012)], (250, 160, 130))
+        place.polygon(
+            [(left, y), (left + 0.15, y - 0.012), (left + 0.32, y), (left + 0.15, y + 0.012)], (250, 160, 130)
+        )
     place.gradient((196, 104, 104), (78, 50, 92), horizon, 1)
     for row in range(5):
         y = horizon + 0.03 + 0.06 * row
@@ -179,7 +198,10 @@ def snow(place: Backdrop) -> None:
             y = base - step * size * 0.55
             half = size * (0.55 - 0.13 * step)
             place.polygon([(x - half, y), (x, y - size), (x + half, y)], np.array((92, 132, 130)) + 14 * step)
-            place.polygon([(x - half * 0.45, y - size * 0.55), (x, y - size), (x + half * 0.45, y - size * 0.55)], (244, 248, 252))
+            place.polygon(
+                [(x - half * 0.45, y - size * 0.55), (x, y - size), (x + half * 0.45, y - size * 0.55)],
+                (244, 248, 252),
+            )
     place.ridge(0.66, 0.02, (244, 247, 252))
     place.soften(0.006)
     for _ in range(34):
@@ -188,7 +210,9 @@ def snow(place: Backdrop) -> None:
 
 def room(place: Backdrop) -> None:
     rng = place.rng
-    wall = np.array(((206, 178, 150), (176, 196, 178), (190, 186, 206), (214, 190, 170))[rng.integers(4)], float)
+    wall = np.array(
+        ((206, 178, 150), (176, 196, 178), (190, 186, 206), (214, 190, 170))[rng.integers(4)], float
+    )
     place.gradient(wall * 1.06, wall * 0.9)
     side = rng.choice([0, 1])
     lamp, art = (0.12, 0.76) if side else (0.88, 0.24)
@@ -196,9 +220,20 @@ def room(place: Backdrop) -> None:
     place.box(art - 0.15, 0.08, art + 0.15, 0.42, (250, 246, 238))
     place.box(art - 0.125, 0.105, art + 0.125, 0.395, frame)
     place.disc(art + 0.04, 0.2, 0.05, (250, 220, 150))
-    place.polygon([(art - 0.125, 0.395), (art - 0.03, 0.27), (art + 0.04, 0.34), (art + 0.125, 0.25), (art + 0.125, 0.395)], frame * 0.6)
+    place.polygon(
+        [
+            (art - 0.125, 0.395),
+            (art - 0.03, 0.27),
+            (art + 0.04, 0.34),
+            (art + 0.125, 0.25),
+            (art + 0.125, 0.395),
+        ],
+        frame * 0.6,
+    )
     place.box(lamp - 0.008, 0.32, lamp + 0.008, 0.9, (90, 74, 60))
-    place.polygon([(lamp - 0.06, 0.16), (lamp + 0.06, 0.16), (lamp + 0.1, 0.34), (lamp - 0.1, 0.34)], (250, 226, 170))
+    place.polygon(
+        [(lamp - 0.06, 0.16), (lamp + 0.06, 0.16), (lamp + 0.1, 0.34), (lamp - 0.1, 0.34)], (250, 226, 170)
+    )
     place.glow(lamp, 0.28, 0.2, (255, 236, 180), 0.6)
     sofa = np.array(((120, 70, 74), (70, 96, 120), (86, 110, 84))[rng.integers(3)], float)
     place.box(-0.05, 0.64, 1.05, 0.95, sofa)
@@ -213,7 +248,12 @@ def garden(place: Backdrop) -> None:
     _clouds(place, 2, (248, 252, 253))
     place.ridge(0.36, 0.03, (150, 192, 128))
     for _ in range(8):
-        place.disc(rng.random(), rng.uniform(0.36, 0.5), rng.uniform(0.06, 0.12), np.array((92, 154, 84)) * rng.uniform(0.85, 1.15))
+        place.disc(
+            rng.random(),
+            rng.uniform(0.36, 0.5),
+            rng.uniform(0.06, 0.12),
+            np.array((92, 154, 84)) * rng.uniform(0.85, 1.15),
+        )
     place.ridge(0.56, 0.015, (122, 184, 92))
     place.soften(0.007)
     petals = ((240, 110, 130), (250, 206, 90), (246, 246, 246), (186, 120, 210), (250, 150, 90))
@@ -228,7 +268,12 @@ def night(place: Backdrop) -> None:
     place.gradient((16, 22, 58), (58, 62, 112))
     for _ in range(40):
         shine = rng.uniform(150, 250)
-        place.disc(rng.random(), rng.uniform(0, 0.55), rng.uniform(0.004, 0.008), (shine, shine, min(255, shine + 10)))
+        place.disc(
+            rng.random(),
+            rng.uniform(0, 0.55),
+            rng.uniform(0.004, 0.008),
+            (shine, shine, min(255, shine + 10)),
+        )
     moon = rng.uniform(0.08, 0.92)
     place.glow(moon, 0.14, 0.1, (190, 200, 240), 0.6)
     place.disc(moon, 0.14, 0.06, (248, 244, 218))
@@ -239,7 +284,9 @@ def night(place: Backdrop) -> None:
         for row in np.arange(top + 0.03, 0.95, 0.06):
             for column in (0.2, 0.6):
                 if rng.random() < 0.45:
-                    place.box(x + width * column, row, x + width * (column + 0.2), row + 0.025, (250, 212, 120))
+                    place.box(
+                        x + width * column, row, x + width * (column + 0.2), row + 0.025, (250, 212, 120)
+                    )
         x += width
     place.soften(0.004)
 
@@ -250,7 +297,9 @@ def cafe(place: Backdrop) -> None:
     place.box(0.0, 0.0, 1.0, 0.06, (70, 46, 36))
     place.box(0.28, 0.14, 0.72, 0.42, (46, 58, 52))
     for row in range(4):
-        place.box(0.33, 0.19 + 0.055 * row, 0.33 + rng.uniform(0.15, 0.33), 0.2 + 0.055 * row, (214, 214, 200))
+        place.box(
+            0.33, 0.19 + 0.055 * row, 0.33 + rng.uniform(0.15, 0.33), 0.2 + 0.055 * row, (214, 214, 200)
+        )
     for x in (0.12, 0.5, 0.88):
         x += rng.uniform(-0.03, 0.03)
         place.box(x - 0.003, 0, x + 0.003, 0.12, (40, 30, 26))
@@ -274,14 +323,29 @@ def mountains(place: Backdrop) -> None:
             place.polygon([(x - half, 0.75), (x, top), (x + half, 0.75)], tone)
             place.polygon([(x, top), (x + half, 0.75), (x + half * 0.2, 0.75)], np.array(tone) * 0.86)
             cap = 0.3
-            place.polygon([(x - half * cap, top + (0.75 - top) * cap), (x, top), (x + half * cap, top + (0.75 - top) * cap), (x + half * 0.08, top + (0.75 - top) * cap * 0.7)], (246, 249, 253))
+            place.polygon(
+                [
+                    (x - half * cap, top + (0.75 - top) * cap),
+                    (x, top),
+                    (x + half * cap, top + (0.75 - top) * cap),
+                    (x + half * 0.08, top + (0.75 - top) * cap * 0.7),
+                ],
+                (246, 249, 253),
+            )
     place.ridge(0.64, 0.03, (104, 148, 92))
     place.ridge(0.76, 0.02, (82, 126, 74))
     place.soften(0.006)
 
 
 def studio(place: Backdrop) -> None:
-    tones = ((226, 150, 120), (120, 168, 190), (222, 196, 120), (160, 140, 190), (140, 180, 150), (200, 200, 204))
+    tones = (
+        (226, 150, 120),
+        (120, 168, 190),
+        (222, 196, 120),
+        (160, 140, 190),
+        (140, 180, 150),
+        (200, 200, 204),
+    )
     color = np.array(tones[place.rng.integers(len(tones))], float) * place.rng.uniform(0.9, 1.06)
     place.gradient(color * 0.96, color * 0.8)
     place.glow(0.5, 0.42, 0.36, np.clip(color * 1.2 + 10, 0, 255), 0.75)

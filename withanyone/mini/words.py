@@ -98,16 +98,28 @@ LIGHTS = {
 }
 #: Words of the sentences around the tables above, and of the fixed prompts.
 GLUE = (
-    "a an and the of in on at with by from to is are wearing person people persons friends group who has empty scene "
-    "left right middle second third fourth fifth sixth seventh eighth first photo there no nobody"
-).split()
+    "a an and the of in on at with by from to is are wearing person people persons friends group who has",
+    "empty scene left right middle first second third fourth fifth sixth seventh eighth photo there no nobody",
+)
 
 _TOKENS = re.compile(r"[a-z]+(?:[-'][a-z]+)*|[^\sa-z]")
 _WORDS = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 
 
 def _phrases() -> list[str]:
-    tables = (EXPRESSIONS, HAIR_COLORS, HAIR_STYLES, GLASSES, HATS, BEARDS, MAKEUP, CLOTHES, POSES, SCENES, LIGHTS)
+    tables = (
+        EXPRESSIONS,
+        HAIR_COLORS,
+        HAIR_STYLES,
+        GLASSES,
+        HATS,
+        BEARDS,
+        MAKEUP,
+        CLOTHES,
+        POSES,
+        SCENES,
+        LIGHTS,
+    )
     phrases = [phrase for table in tables for options in table.values() for phrase in options]
     colors = "red orange yellow green blue purple pink black white"
     return [*phrases, *OPENERS, *OPENERS_ONE, *NUMBERS, *GLUE, colors]
@@ -165,7 +177,7 @@ def unknown_words(prompt: str) -> list[str]:
 
 
 def count_phrase(count: int) -> str:
-    """"one person", "two people", ... "eight people"."""
+    """ "one person", "two people", ... "eight people"."""
     return "one person" if count == 1 else f"{NUMBERS[count]} people"
 
 
@@ -185,7 +197,7 @@ def _article(phrase: str) -> str:
 
 
 def _join(parts: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -222,7 +234,11 @@ def describe_person(attributes: dict[str, str], rng: np.random.Generator, detail
     in_clothes = rng.random() < 0.35
     if clothes and not in_clothes:
         worn.append(_article(garment))
-    pose = _one_of(rng, POSES[attributes["pose"]]) if said(0.55 if attributes["pose"] == "ahead" else 0.9) else ""
+    pose = (
+        _one_of(rng, POSES[attributes["pose"]])
+        if said(0.55 if attributes["pose"] == "ahead" else 0.9)
+        else ""
+    )
 
     text = _article(" ".join([*adjectives, "person"]))
     if features:
@@ -256,10 +272,12 @@ def _group(descriptions: Sequence[str], rng: np.random.Generator) -> str:
         return "from left to right " + ", ".join(descriptions[:-1]) + f" and {descriptions[-1]}"
     positions = _positions(count, rng)
     if positions[0] == "first":
-        return "from left to right: " + "; ".join(f"{place} {text}" for place, text in zip(positions, descriptions))
+        return "from left to right: " + "; ".join(
+            f"{place} {text}" for place, text in zip(positions, descriptions, strict=True)
+        )
     if style == 1:
-        return ", ".join(f"{place} {text}" for place, text in zip(positions, descriptions))
-    return "; ".join(f"{text} {place}" for place, text in zip(positions, descriptions))
+        return ", ".join(f"{place} {text}" for place, text in zip(positions, descriptions, strict=True))
+    return "; ".join(f"{text} {place}" for place, text in zip(positions, descriptions, strict=True))
 
 
 def token_count(text: str) -> int:
@@ -270,8 +288,8 @@ def token_count(text: str) -> int:
 def caption_of(people: Sequence, scene: str, light: str, rng: np.random.Generator) -> str:
     """A caption for ``people`` (left to right, each with ``attributes()``) in a scene and light.
 
-    Lower case, words of :data:`VOCABULARY` only, at most :data:`MAX_CAPTION_TOKENS` tokens; parts are left out at
-    random, and more of them the more people there are.
+    Lower case, words of :data:`VOCABULARY` only, at most :data:`MAX_CAPTION_TOKENS` tokens; parts are left
+    out at random, and more of them the more people there are.
     """
     count = len(people)
     place = _one_of(rng, SCENES[scene]) if rng.random() < 0.92 else ""
@@ -292,7 +310,11 @@ def caption_of(people: Sequence, scene: str, light: str, rng: np.random.Generato
             elif rng.random() < 0.12:
                 whole = f"{NUMBERS[count]} friends"
             body = _group(descriptions, rng)
-            caption = f"{opener}{whole} {setting}: {body}" if rng.random() < 0.6 else f"{opener}{whole}: {body}, {setting}"
+            caption = (
+                f"{opener}{whole} {setting}: {body}"
+                if rng.random() < 0.6
+                else f"{opener}{whole}: {body}, {setting}"
+            )
         caption = " ".join(caption.replace(" :", ":").split()).rstrip(", ").replace(" ,", ",")
         if token_count(caption) <= MAX_CAPTION_TOKENS:
             return caption

@@ -1,10 +1,11 @@
 """The drawn world: people who exist only as numbers, and pictures of them.
 
-A person is an :class:`Identity`, fixed by a seed: bone structure, the shape and spacing of features, skin, eyes,
-brows, marks. Everything else belongs to an :class:`Appearance` and changes from picture to picture: pose,
-expression, gaze, hair, beard, glasses, hat, make-up, clothes. :func:`render` draws people into a scene and knows
-the truth about it: boxes, landmarks, attributes, caption. All randomness comes from seeds, so the same arguments
-give the same bytes. Drawing itself is in ``draw.py``, backgrounds in ``scenes.py``, words in ``words.py``.
+A person is an :class:`Identity`, fixed by a seed: bone structure, the shape and spacing of features, skin,
+eyes, brows, marks. Everything else belongs to an :class:`Appearance` and changes from picture to picture:
+pose, expression, gaze, hair, beard, glasses, hat, make-up, clothes. :func:`render` draws people into a
+scene and knows the truth about it: boxes, landmarks, attributes, caption. All randomness comes from seeds,
+so the same arguments give the same bytes. Drawing itself is in ``draw.py``, backgrounds in ``scenes.py``,
+words in ``words.py``.
 """
 
 from __future__ import annotations
@@ -169,7 +170,9 @@ def split_of(identity: int) -> str:
     for name, seeds in RANGES.items():
         if identity in seeds:
             return name
-    raise ValueError(f"`identity` must lie in one of the ranges of RANGES (0 to 3,999,999), got {identity!r}.")
+    raise ValueError(
+        f"`identity` must lie in one of the ranges of RANGES (0 to 3,999,999), got {identity!r}."
+    )
 
 
 @dataclass(frozen=True)
@@ -353,12 +356,16 @@ def _check_sizes(width: int, height: int) -> None:
 def _check_faces(bboxes: Sequence, count: int, width: int, height: int) -> np.ndarray:
     boxes = np.asarray(bboxes, np.float64)
     if boxes.shape != (count, 4):
-        raise ValueError(f"`bboxes` must hold one box of four numbers per person, {count} in all, got {boxes.shape}.")
-    inside = np.isfinite(boxes).all() and (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (width, height)).all()
+        raise ValueError(
+            f"`bboxes` must hold one box of four numbers per person, {count} in all, got {boxes.shape}."
+        )
+    inside = (
+        np.isfinite(boxes).all() and (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (width, height)).all()
+    )
     if not inside or (boxes[:, 2:] - boxes[:, :2] < 4).any():
         raise ValueError(
-            f"`bboxes` must be xyxy pixels inside the {width} x {height} picture, at least 4 pixels wide and high, "
-            f"got {boxes.tolist()}."
+            f"`bboxes` must be xyxy pixels inside the {width} x {height} picture, at least 4 pixels wide "
+            f"and high, got {boxes.tolist()}."
         )
     return boxes
 
@@ -410,7 +417,8 @@ def render(
         width, height: pixels, multiples of 16.
         scene, light: values of :data:`PICTURE_ATTRIBUTES`, or None to have them drawn.
         appearances: one per person in the order of ``identities``, or None to have them drawn.
-        bboxes: (N, 4) xyxy pixels: where the faces go (centre and height are met, the width is the person's own).
+        bboxes: (N, 4) xyxy pixels: where the faces go. Centre and height are met (a face is moved and shrunk
+            where it would leave the picture); the width is the person's own.
         close_up: one person whose face fills the picture, as in a reference photo.
 
     Returns:
@@ -437,7 +445,9 @@ def render(
     drawn_scene = str(rng_scene.choice(PICTURE_ATTRIBUTES["scene"]))
     scene = scene or drawn_scene
     unfitting = UNFITTING_LIGHTS.get(scene, ())
-    drawn_light = str(rng_scene.choice([name for name in PICTURE_ATTRIBUTES["light"] if name not in unfitting]))
+    drawn_light = str(
+        rng_scene.choice([name for name in PICTURE_ATTRIBUTES["light"] if name not in unfitting])
+    )
     light = light or drawn_light
     lighting = draw.make_light(light, rng_scene)
 
@@ -464,8 +474,10 @@ def render(
     return Picture(image=image, people=people, scene=scene, light=light, caption=caption)
 
 
-def contact_sheet(rows: int = 6, columns: int = 8, size: int = 128, seed: int = 0, split: str = "validation") -> np.ndarray:
-    """A sheet (rows * size, columns * size, 3) uint8: each row one person in many pictures, the last rows groups."""
+def contact_sheet(
+    rows: int = 6, columns: int = 8, size: int = 128, seed: int = 0, split: str = "validation"
+) -> np.ndarray:
+    """A sheet (rows * size, columns * size, 3): a row shows one person many times, the last rows groups."""
     first = RANGES[split].start
     sheet = []
     for row in range(rows):
@@ -473,6 +485,11 @@ def contact_sheet(rows: int = 6, columns: int = 8, size: int = 128, seed: int = 
         group = max(0, row - rows // 2)
         shown = people[: group + 1]
         sheet.append(
-            np.hstack([render(shown, 1000 * seed + row * 50 + column, width=size, height=size).image for column in range(columns)])
+            np.hstack(
+                [
+                    render(shown, 1000 * seed + row * 50 + column, width=size, height=size).image
+                    for column in range(columns)
+                ]
+            )
         )
     return np.vstack(sheet)
