@@ -21,7 +21,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 from tests import tiny
 from withanyone import WithAnyonePipeline
-from withanyone.adapter import add_faces, transformer_blocks
+from withanyone.adapter import add_faces, parameter_table, transformer_blocks
 
 CPU = torch.device("cpu")
 BOXES = [(4, 8, 30, 40), (24, 6, 60, 44)]
@@ -283,6 +283,36 @@ def _is_offloaded(model: torch.nn.Module) -> bool:
 def test_group_offload_of_the_transformer_alone(plain):
     pipe = tiny.pipeline()
     pipe.transformer.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+    assert np.array_equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("offload", ["model", "group", "none"])
+def test_offloading_puts_aside_what_only_encoding_needs(plain, monkeypatch, offload):
+    """What is moved off the device is destroyed here, and the picture is the same: no step needs it."""
+    pipe = tiny.pipeline()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif offload == "group":
+        pipe.enable_group_offload(CPU, offload_type="leaf_level")
+    adapter, to = pipe.face_adapter, torch.nn.Module.to
+    moved = []
+
+    def to_and_destroy(module, *args, **kwargs):
+        inside = [p for m in adapter.modules() if m is not adapter for p in m.parameters() if m is module]
+        moved.extend(inside)
+        for parameter in inside:
+            parameter.data = torch.full_like(parameter, torch.nan)
+        return to(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to_and_destroy)
+    assert np.array_equal(run(pipe), plain)
+    table = parameter_table(adapter)
+    aside = sum(part.parameters for part in table if not part.in_loop)
+    assert sum(p.numel() for p in moved) == (0 if offload == "none" else aside) and aside > 0
+    if offload == "none":
+        return
+    monkeypatch.undo()
+    adapter.load_state_dict(tiny.pipeline().face_adapter.state_dict())
     assert np.array_equal(run(pipe), plain)
 
 
