@@ -13,8 +13,18 @@ from withanyone.arcface import Recognizer as OnnxRecognizer
 from withanyone.faces import FaceAnalyzer
 from withanyone.mini import detection, facepack, recognition
 from withanyone.mini.detection import FaceDetector, Scene
-from withanyone.mini.faceset import FaceSet, align_crop, plan_round
+from withanyone.mini.faceset import (
+    FaceBank,
+    FaceSet,
+    align_crop,
+    crops_of_shard,
+    plan_round,
+    scenes_of_shard,
+    trait_table,
+)
 from withanyone.mini.loop import TrainingLoop, learning_rate, step_rng
+from withanyone.mini.muon import MuonAdamW, hidden_matrices, orthogonalized
+from withanyone.mini.pictures import render_shard
 from withanyone.mini.world import RANGES, render
 
 
@@ -83,6 +93,28 @@ def test_face_sets_stay_in_their_split(tmp_path):
     assert not set(FaceSet(tmp_path / "z", "judge", 5).identities) & set(RANGES["train"])
 
 
+def test_a_bank_reads_faces_of_rounds_and_of_picture_shards(tmp_path):
+    faces = FaceSet(tmp_path / "faces", "train", 3)
+    faces.render(1)
+    shard = render_shard(tmp_path / "pictures", 1, "train", size=2)  # pairs at 192 px
+    folder = crops_of_shard(shard, tmp_path / "crops")
+    assert crops_of_shard(shard, tmp_path / "crops") == folder
+    bank = FaceBank([*faces.folders(1), folder])
+    scenes = scenes_of_shard(shard)
+    shown = sum(len(scene.bboxes) for scene in scenes)
+    assert len(bank) == 3 + shown and set(bank.identities[3:]) <= set(RANGES["train"])
+    chosen = np.array([2, 3])
+    assert np.array_equal(bank[chosen][0], np.load(faces.round_folder(0) / "faces.npy")[2])
+    assert np.array_equal(bank[chosen][1], align_crop(scenes[0].image, scenes[0].kps[0]))
+
+
+def test_traits_are_standardised_and_tell_people_apart():
+    table = trait_table(range(300))
+    assert np.allclose(table.mean(0), 0, atol=1e-4) and (np.abs(table.std(0) - 1) < 0.01).all()
+    distances = np.linalg.norm(table[:, None] - table[None], axis=-1) + 99 * np.eye(300)
+    assert distances.min() > 3
+
+
 # ---- the training loop
 
 
@@ -123,6 +155,28 @@ def test_learning_rate_rises_then_falls():
     assert all(b < a for a, b in zip(rates[100:], rates[101:], strict=False))
 
 
+def test_orthogonalized_updates_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((24, 60), (60, 24)):
+        values = torch.linalg.svdvals(orthogonalized(torch.randn(shape)))
+        assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_the_optimiser_s_two_halves_step_by_the_learning_rate():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, groups=32))
+    matrices = hidden_matrices(model)
+    assert [id(p) for p in matrices] == [id(model[0].weight)]
+    others = [p for p in model.parameters() if p is not model[0].weight]
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = MuonAdamW(matrices, others, 1e-2)
+    model(torch.randn(2, 8, 8, 8)).square().sum().backward()
+    optimizer.step()
+    for old, new in zip(before, model.parameters(), strict=True):
+        change = (new - old).square().mean().sqrt()
+        assert 0.1e-2 < change <= 1.01e-2  # as large as AdamW's steps, or 0 where there is no gradient
+
+
 # ---- recognisers
 
 
@@ -139,6 +193,17 @@ def test_margins_lower_the_own_class_only():
     inside = theta < np.pi - 0.3
     found = recognition.arcface_logits(cosines, labels, 20.0, 0.3)[own]
     assert torch.allclose(found[inside], 20 * torch.cos(theta + 0.3)[inside])
+
+
+def test_prototypes_hold_the_own_identity_once():
+    torch.manual_seed(0)
+    prototypes = recognition.TraitPrototypes(np.eye(20, dtype=np.float32), negatives=50)
+    labels = torch.tensor([4, 7, 4, 0])
+    directions, right = prototypes(labels, np.random.default_rng(0))
+    own = prototypes.network(torch.eye(20)[labels])
+    assert torch.equal(directions[right], own)
+    same = (directions[:, None] == own[None]).all(-1).sum(0)  # no negative is one of the batch's identities
+    assert same.tolist() == [1, 1, 1, 1]
 
 
 def test_augmented_faces_are_reproducible_and_in_range():
@@ -297,6 +362,10 @@ def test_a_step_of_training_runs_on_rendered_faces(tmp_path, scenes):
     before = [parameter.clone() for parameter in network.parameters()]
     recognition.train_recognizer(network, crops, labels, (crops, labels), tmp_path / "rec", settings)
     assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    judge = recognition.JudgeRecognizer((16, 16, 16), (1, 1, 1))
+    settings = recognition.RecognizerSettings(steps=1, batch_size=4, loss="arcface")
+    traits = trait_table(np.unique(labels))
+    recognition.train_recognizer(judge, crops, labels, (crops, labels), tmp_path / "judge", settings, traits)
     detector = FaceDetector((8, 8, 8, 8, 8), 8)
     settings = detection.DetectorSettings(steps=2, batch_size=2, sizes=(96,))
     detection.train_detector(detector, scenes, scenes, tmp_path / "det", settings)

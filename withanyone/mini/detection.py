@@ -59,7 +59,8 @@ class FaceDetector(nn.Module):
         )
         for head in self.heads:
             with torch.no_grad():
-                head[-1].bias.view(2, 15)[:, 0] = -4.0
+                head[-1].bias.view(2, 15)[:, 0] = -4.0  # faces are rare
+                head[-1].bias.view(2, 15)[:, 1:5] = 0.45  # boxes of about the anchor's size
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         features = []
@@ -184,7 +185,8 @@ def detection_loss(outputs: Sequence[Tensor], targets: Sequence[Targets]) -> dic
     if len(predicted):
         boxes = torch.cat([t.boxes[t.positive] for t in targets])  # (P, 4)
         landmarks = torch.cat([t.landmarks[t.positive] for t in targets])  # (P, 10)
-        losses["box"] = giou_loss(predicted[:, 1:5], boxes)
+        near = F.smooth_l1_loss(predicted[:, 1:5], boxes, beta=0.05)  # GIoU is flat where no box is left
+        losses["box"] = giou_loss(predicted[:, 1:5], boxes) + near
         losses["kps"] = F.smooth_l1_loss(predicted[:, 5:], landmarks, beta=0.02)
     return losses
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ from .detection import (
     export_detector,
     train_detector,
 )
-from .faceset import FaceSet
+from .faceset import FaceBank, FaceSet, Scene, crops_of_shard, scenes_of_shard, trait_table
+from .parts import RUNS
+from .pictures import render_shard
 from .recognition import (
     JudgeRecognizer,
     PairCosines,
@@ -54,8 +57,8 @@ FIGURES = Path(__file__).parent / "pretrained" / "figures" / "faces.json"
 PACK_SETTINGS = {"pack": "withanyone-mini", "det_size": [[256, 256]], "det_thresh": 0.5, "crop_size": 112,
                  "enlarge": True}  # fmt: skip
 
-RECOGNIZER = RecognizerSettings(steps=5400, loss="cosface", scale=32.0, margin=0.35, seed=0)
-JUDGE_TRAINING = RecognizerSettings(steps=2400, loss="arcface", scale=24.0, margin=0.3, seed=1)
+RECOGNIZER = RecognizerSettings(steps=4000, loss="cosface", scale=32.0, margin=0.35, seed=0)
+JUDGE_TRAINING = RecognizerSettings(steps=2000, loss="arcface", scale=24.0, margin=0.3, seed=1)
 DETECTOR = DetectorSettings(steps=4000)
 
 VALIDATION_IDENTITIES, VALIDATION_ROUNDS = 200, 6
@@ -67,23 +70,66 @@ def _validation(runs: Path, workers: int) -> FaceSet:
     return faces
 
 
-def _add_common(parser: argparse.ArgumentParser, steps: int, name: str) -> None:
-    parser.add_argument("--steps", type=int, default=steps, help="training steps in all")
-    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="checkpoints and renderings")
+@dataclass(frozen=True)
+class TrainingPictures:
+    """What is rendered to learn from: rounds of a `FaceSet`, and shards of the base's training pictures."""
+
+    split: str
+    identities: int
+    rounds: int
+    shards: int
+
+    def faceset(self, args: argparse.Namespace) -> FaceSet:
+        faces = FaceSet(args.runs / "faces" / self.split, self.split, self.identities)
+        faces.render(self.rounds, picture_rounds=self.rounds, workers=args.workers)
+        return faces
+
+    def shard_paths(self, args: argparse.Namespace) -> list[Path]:
+        folder = args.runs / "pictures"
+        return [render_shard(folder, number, self.split) for number in range(self.shards)]
+
+    def bank(self, args: argparse.Namespace) -> FaceBank:
+        folders = self.faceset(args).folders(self.rounds)
+        crops = args.runs / "faces" / "shards"
+        return FaceBank([*folders, *(crops_of_shard(path, crops) for path in self.shard_paths(args))])
+
+    def scenes(self, args: argparse.Namespace) -> list[Scene]:
+        scenes = self.faceset(args).scenes(self.rounds)
+        for path in self.shard_paths(args):
+            scenes += scenes_of_shard(path)
+        return scenes
+
+
+RECOGNIZER_PICTURES = TrainingPictures("train", 1500, rounds=2, shards=48)
+DETECTOR_PICTURES = TrainingPictures("train", 1500, rounds=2, shards=16)
+JUDGE_PICTURES = TrainingPictures("judge", 6000, rounds=3, shards=0)
+
+
+def _add_arguments(
+    parser: argparse.ArgumentParser, steps: int, name: str, pictures: TrainingPictures
+) -> None:
+    parser.add_argument("--steps", type=int, default=steps, help="training steps in all (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=pictures.rounds, help="rounds of faces (%(default)s)")
+    parser.add_argument("--shards", type=int, default=pictures.shards, help="picture shards (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="checkpoints and renderings")
     parser.add_argument("--name", default=name, help="folder of this run's checkpoint in --runs")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, help="processes that render")
+    parser.add_argument("--workers", type=int, default=1, help="processes that render rounds")
 
 
-def _train_recognizer_command(
-    args: argparse.Namespace, model: nn.Module, split: str, settings: RecognizerSettings, out: Path
+def _train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    pictures: TrainingPictures,
+    settings: RecognizerSettings,
+    out: Path,
 ) -> None:
     torch.set_num_threads(args.threads)
-    faces = FaceSet(args.runs / "faces" / split, split, args.identities)
-    faces.render(args.rounds, picture_rounds=args.picture_rounds, workers=args.workers)
     validation = _validation(args.runs, args.workers).faces(VALIDATION_ROUNDS)
-    settings = RecognizerSettings(**{**vars(settings), "steps": args.steps})
-    train_recognizer(model, *faces.faces(args.rounds), validation, args.runs / args.name, settings)
+    bank = replace(pictures, rounds=args.rounds, shards=args.shards).bank(args)
+    traits = trait_table(np.unique(bank.identities))
+    settings = replace(settings, steps=args.steps)
+    train_recognizer(model, bank, bank.identities, validation, args.runs / args.name, settings, traits)
     embedded = embed_crops(model, validation[0])
     pairs = PairCosines.of(embedded, validation[1])
     logger.info("validation: %s", pairs.figures(pairs.best_threshold()))
@@ -91,49 +137,38 @@ def _train_recognizer_command(
 
 
 def add_recognizer_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, RECOGNIZER.steps, "recognizer")
-    parser.add_argument("--identities", type=int, default=3000, help="people to learn from")
-    parser.add_argument("--rounds", type=int, default=20, help="pictures of each of them")
-    parser.add_argument("--picture-rounds", type=int, default=4, help="rounds the detector will learn from")
+    _add_arguments(parser, RECOGNIZER.steps, "recognizer", RECOGNIZER_PICTURES)
 
 
 def run_recognizer(args: argparse.Namespace) -> None:
     """Trains and exports the recogniser."""
     torch.manual_seed(RECOGNIZER.seed)
-    _train_recognizer_command(args, Recognizer(), "train", RECOGNIZER, PACK / "recognition.onnx")
+    _train(args, Recognizer(), RECOGNIZER_PICTURES, RECOGNIZER, PACK / "recognition.onnx")
     write_pack_settings()
 
 
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, JUDGE_TRAINING.steps, "judge")
-    parser.add_argument("--identities", type=int, default=2500, help="people to learn from")
-    parser.add_argument("--rounds", type=int, default=14, help="pictures of each of them")
-    parser.set_defaults(picture_rounds=0)
+    _add_arguments(parser, JUDGE_TRAINING.steps, "judge", JUDGE_PICTURES)
 
 
 def run_judge(args: argparse.Namespace) -> None:
-    """Trains and exports the judge: another network, loss and seed, other people."""
+    """Trains and exports the judge: another network, loss and seed, other people and pictures."""
     torch.manual_seed(JUDGE_TRAINING.seed)
-    _train_recognizer_command(args, JudgeRecognizer(), "judge", JUDGE_TRAINING, JUDGE)
+    _train(args, JudgeRecognizer(), JUDGE_PICTURES, JUDGE_TRAINING, JUDGE)
 
 
 def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, DETECTOR.steps, "detector")
-    parser.add_argument("--identities", type=int, default=3000, help="people in the pictures")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of pictures to learn from")
+    _add_arguments(parser, DETECTOR.steps, "detector", DETECTOR_PICTURES)
 
 
 def run_detector(args: argparse.Namespace) -> None:
     """Trains and exports the detector."""
     torch.set_num_threads(args.threads)
-    faces = FaceSet(args.runs / "faces" / "train", "train", args.identities)
-    faces.render(args.rounds, picture_rounds=args.rounds, workers=args.workers)
     validation = _validation(args.runs, args.workers).scenes(VALIDATION_ROUNDS)
+    scenes = replace(DETECTOR_PICTURES, rounds=args.rounds, shards=args.shards).scenes(args)
     torch.manual_seed(DETECTOR.seed)
-    settings = DetectorSettings(**{**vars(DETECTOR), "steps": args.steps})
-    detector = train_detector(
-        FaceDetector(), faces.scenes(args.rounds), validation, args.runs / args.name, settings
-    )
+    settings = replace(DETECTOR, steps=args.steps)
+    detector = train_detector(FaceDetector(), scenes, validation, args.runs / args.name, settings)
     for threshold in (0.3, 0.4, 0.5, 0.6):
         figures = evaluate(detector, validation, 256, threshold)
         logger.info("validation, threshold %.1f: %s", threshold, figures)
@@ -190,7 +225,7 @@ def recognition_figures(embeddings: Tensor, identities: np.ndarray, threshold: f
 def add_figures_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--identities", type=int, default=600, help="test people")
     parser.add_argument("--rounds", type=int, default=6, help="pictures of each of them")
-    parser.add_argument("--runs", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=FIGURES)

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from ..arcface import similarity_transform
-from .world import RANGES, Picture, render
+from .pictures import read_shard
+from .world import RANGES, Picture, make_identity, render
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,19 @@ def align_crop(image: np.ndarray, kps: np.ndarray) -> np.ndarray:
     return cv2.warpAffine(image, matrix, (CROP_SIZE, CROP_SIZE), borderValue=0.0)
 
 
+def trait_table(identities: Sequence[int]) -> np.ndarray:
+    """What makes up each identity, (N, T) float32; each column of mean 0 and variance 1 over these people."""
+    rows = []
+    for number in identities:
+        identity = make_identity(int(number))
+        colors = (*identity.skin, *identity.lips, *identity.iris, *identity.brows)
+        marks = [(1.0, *mark) for mark in identity.moles] + [(0.0,) * 4] * (3 - len(identity.moles))
+        marks.append((1.0, *identity.scar) if identity.scar else (0.0,) * 4)
+        rows.append((*identity.traits.values(), *colors, *np.ravel(marks)))
+    table = np.array(rows, np.float32)
+    return (table - table.mean(0)) / (table.std(0) + 1e-6)
+
+
 @dataclass
 class Scene:
     """A picture (H, W, 3) uint8 with its faces: bboxes (F, 4) xyxy and kps (F, 5, 2), both in pixels."""
@@ -157,16 +171,14 @@ class FaceSet:
         if workers > 1:
             pool.shutdown()
 
+    def folders(self, rounds: int) -> list[Path]:
+        """Of the first rounds, for `FaceBank`."""
+        return [self.round_folder(number) for number in range(rounds)]
+
     def faces(self, rounds: int) -> tuple[np.ndarray, np.ndarray]:
         """Crops (N, 128, 128, 3) uint8 and identities (N,) of the first rounds."""
-        folders = [self.round_folder(number) for number in range(rounds)]
-        labels = [np.load(folder / "identities.npy") for folder in folders]
-        crops = np.empty((sum(map(len, labels)), CROP_SIZE, CROP_SIZE, 3), np.uint8)
-        start = 0
-        for folder, label in zip(folders, labels, strict=True):
-            crops[start : start + len(label)] = np.load(folder / "faces.npy", mmap_mode="r")
-            start += len(label)
-        return crops, np.concatenate(labels)
+        bank = FaceBank(self.folders(rounds))
+        return bank[np.arange(len(bank))], bank.identities
 
     def scenes(self, rounds: int) -> list[Scene]:
         """Whole pictures of the first rounds (rendered with `picture_rounds`)."""
@@ -190,6 +202,56 @@ class FaceSet:
             counts = np.load(folder / "shapes.npy")[:, 2]
             people += np.split(np.load(folder / "people.npy"), np.cumsum(counts)[:-1])
         return people
+
+
+def crops_of_shard(shard: Path, folder: Path) -> Path:
+    """Aligned faces of a shard of `pictures`, in a folder of its own with the files of a round.
+
+    Done once: a folder that is there is taken as it is.
+    """
+    target = folder / shard.stem
+    if target.exists():
+        return target
+    arrays, _ = read_shard(shard, "pixels", "kps", "bboxes", "identities")
+    shown = arrays["identities"] >= 0  # (P, people)
+    shown &= arrays["bboxes"][..., 3] - arrays["bboxes"][..., 1] >= MIN_FACE_HEIGHT
+    places = np.argwhere(shown)
+    crops = np.stack([align_crop(arrays["pixels"][p], arrays["kps"][p, n]) for p, n in places])
+    partial = target.with_name(f"{target.name}.partial{os.getpid()}")
+    partial.mkdir(parents=True)
+    np.save(partial / "faces.npy", crops)
+    np.save(partial / "identities.npy", arrays["identities"][shown])
+    partial.rename(target)
+    return target
+
+
+def scenes_of_shard(shard: Path) -> list[Scene]:
+    """The pictures of a shard of `pictures` with their faces."""
+    arrays, _ = read_shard(shard, "pixels", "kps", "bboxes", "identities")
+    shown = arrays["identities"] >= 0
+    return [
+        Scene(image, bboxes[here], kps[here])
+        for image, bboxes, kps, here in zip(
+            arrays["pixels"], arrays["bboxes"], arrays["kps"], shown, strict=True
+        )
+    ]
+
+
+class FaceBank:
+    """Crops of many rounds, read from disk as asked for: `bank[indices]` is (B, 128, 128, 3) uint8."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.identities = np.concatenate([np.load(folder / "identities.npy") for folder in folders])
+        self._parts = [np.load(folder / "faces.npy", mmap_mode="r") for folder in folders]
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        parts = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = indices - self._starts[parts]
+        return np.stack([self._parts[part][row] for part, row in zip(parts, rows, strict=True)])
 
 
 def _render_round(job: tuple[FaceSet, int, bool]) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .faceset import CROP_SIZE, FACE_SIZE
+from .faceset import CROP_SIZE, FACE_SIZE, FaceBank
 from .loop import TrainingLoop, learning_rate, step_rng
 from .muon import MuonAdamW, hidden_matrices
 
@@ -128,6 +128,44 @@ def arcface_logits(cosines: Tensor, labels: Tensor, scale: float, margin: float)
     straight = own - margin * np.sin(margin)
     shifted = torch.where(own > -np.cos(margin), torch.cos(own.arccos() + margin), straight)
     return scale * cosines.scatter(1, labels[:, None], shifted)
+
+
+class NamePrototypes(nn.Module):
+    """One learnt direction for every identity of the training set."""
+
+    def __init__(self, identities: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(identities, EMBEDDING_DIM) * 0.01)
+
+    def forward(self, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """labels (B,) -> directions to choose from (C, 512), and which is right (B,)."""
+        return self.weight, labels
+
+
+class TraitPrototypes(nn.Module):
+    """A direction for every identity there could be, computed from the traits the renderer gave it.
+
+    What is learnt is shared by all people, so a person seen in one picture teaches as much as one seen in
+    twenty.
+
+    Args:
+        traits: (identities, T), each column of mean 0 and variance 1.
+        negatives: how many other identities each step tells the batch's apart from.
+    """
+
+    def __init__(self, traits: np.ndarray, negatives: int = 2048) -> None:
+        super().__init__()
+        self.register_buffer("traits", torch.from_numpy(traits).float(), persistent=False)
+        self.negatives = negatives
+        first, second = nn.Linear(traits.shape[1], EMBEDDING_DIM), nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM)
+        self.network = nn.Sequential(first, nn.ReLU(), second)
+
+    def forward(self, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """As `NamePrototypes`: the batch's own identities and random others."""
+        own, right = labels.unique(return_inverse=True)
+        others = torch.from_numpy(rng.integers(0, len(self.traits), self.negatives))
+        others = others[~torch.isin(others, own)]
+        return self.network(self.traits[torch.cat([own, others])]), right
 
 
 # ---- what a face goes through on its way from a picture
@@ -269,31 +307,32 @@ LOGITS = {"cosface": cosface_logits, "arcface": arcface_logits}
 
 def train_recognizer(
     model: nn.Module,
-    crops: np.ndarray,
+    crops: np.ndarray | FaceBank,
     identities: np.ndarray,
     validation: tuple[np.ndarray, np.ndarray],
     folder: Path,
     settings: RecognizerSettings,
+    traits: np.ndarray | None = None,
 ) -> nn.Module:
-    """Trains `model` to tell the identities apart, and returns it in evaluation mode.
+    """Trains `model` to tell identities apart, and returns it in evaluation mode.
 
-    crops (N, 128, 128, 3) uint8, identities (N,) any labels; validation: the same of other people. Scale and
-    margin rise over the first `warmup_share` of the steps. `folder` holds the checkpoint; the same call again
-    continues from it.
+    crops (N, 128, 128, 3) uint8, identities (N,) any labels; validation: the same of other people. With
+    traits (identities, T), in the order of the sorted labels, an identity's direction is computed from them,
+    else each identity has one of its own. Scale and margin rise over the first `warmup_share` of the steps.
+    `folder` holds the checkpoint; the same call again continues from it.
     """
     names, labels = np.unique(identities, return_inverse=True)
     torch.manual_seed(settings.seed)
-    classes = nn.Linear(EMBEDDING_DIM, len(names), bias=False)
-    nn.init.normal_(classes.weight, std=0.01)
+    prototypes = NamePrototypes(len(names)) if traits is None else TraitPrototypes(traits)
     model.to(memory_format=torch.channels_last).train()
-    matrices = hidden_matrices(model)
-    chosen_ids = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen_ids]
-    optimizer = MuonAdamW(
-        matrices, [*others, classes.weight], settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    matrices = [*hidden_matrices(model), *hidden_matrices(prototypes)]
+    taken = {id(parameter) for parameter in matrices}
+    others = [p for p in (*model.parameters(), *prototypes.parameters()) if id(p) not in taken]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    optimizer = MuonAdamW(matrices, others, rate, weight_decay=decay)
     config = {**vars(settings), "faces": len(crops), "identities": len(names)}
-    loop = TrainingLoop(folder, settings.steps, {"model": model, "classes": classes}, optimizer, config)
+    modules = {"model": model, "prototypes": prototypes}
+    loop = TrainingLoop(folder, settings.steps, modules, optimizer, config)
     per_pass = len(crops) // settings.batch_size
     passes: dict[int, np.ndarray] = {}
     for step in loop:
@@ -311,7 +350,8 @@ def train_recognizer(
             group["lr"] = learning_rate(step, settings.steps, settings.learning_rate)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = model(faces)  # (B, 512)
-        cosines = F.linear(F.normalize(embeddings.float()), F.normalize(classes.weight))  # (B, C)
+        directions, target = prototypes(target, rng)
+        cosines = F.linear(F.normalize(embeddings.float()), F.normalize(directions))  # (B, C)
         scale = settings.scale * (0.5 + 0.5 * rise)
         loss = F.cross_entropy(LOGITS[settings.loss](cosines, target, scale, settings.margin * rise), target)
         optimizer.zero_grad()
