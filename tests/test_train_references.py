@@ -147,7 +147,7 @@ def test_a_bank_is_built_of_the_ref_tars_and_opened_memory_mapped(tmp_path):
         open_bank(tmp_path / "bank")
 
 
-def test_photos_without_an_embedding_ask_the_face_finder_and_bad_ones_are_counted(tmp_path):
+def test_photos_without_an_embedding_ask_the_face_pack_and_bad_ones_are_counted(tmp_path):
     members = tw.record([0], 0, named=False)
     tw.write_tar(
         tmp_path / "a.tar",
@@ -160,11 +160,14 @@ def test_photos_without_an_embedding_ask_the_face_finder_and_bad_ones_are_counte
     )
     found = []
 
-    def find_face(image):
-        found.append(image.shape)
-        return np.array([1, 2, 30, 40]), tw.embedding(9)
+    class Pack:
+        stamp = "x"
 
-    bank, bad = build_bank([str(tmp_path / "a.tar")], tmp_path / "bank", find_face=find_face)
+        def largest(self, image):
+            found.append(image.shape)
+            return np.array([1, 2, 30, 40]), tw.embedding(9)
+
+    bank, bad = build_bank([str(tmp_path / "a.tar")], tmp_path / "bank", pack=Pack())
     assert len(bank) == 1 and found == [(64, 64, 3)]
     np.testing.assert_array_equal(bank.embeddings[0], tw.embedding(9))
     assert bad == {"bad_image": 1, "nan_embedding": 1}

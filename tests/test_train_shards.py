@@ -22,7 +22,6 @@ from train.shards import (
     Record,
     ShardReader,
     decode_image,
-    iterate_records,
     load_npy,
     scan_shard,
 )
@@ -36,6 +35,12 @@ class _Creates:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def _records(path, *, paired: bool) -> list[Record]:
+    """Every good record of one shard."""
+    catalogue, reader = build_catalogue([str(path)], paired=paired), ShardReader()
+    return [catalogue.read(index, reader) for index in range(len(catalogue))]
 
 
 def _edited(parts: dict[str, bytes], **changes) -> dict[str, bytes]:
@@ -133,17 +138,6 @@ def test_two_hundred_damaged_records_are_counted_by_reason_and_all_good_ones_com
     assert not evil.exists()
 
 
-def test_reading_a_shard_through_gives_the_same_records_and_reasons(mixed_shard):
-    path, kinds, good, evil = mixed_shard
-    items = list(iterate_records(str(path), paired=True))
-    records = [r for r in items if isinstance(r, Record)]
-    reasons = Counter(r.reason for r in items if isinstance(r, BadRecord))
-    # who has references is not known here
-    assert {r.key for r in records if r.names != ["stranger"]} == good
-    assert reasons == {k: n for k, n in kinds.items() if k not in ("good", "name_without_references")}
-    assert not evil.exists()
-
-
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_a_malicious_pickle_is_refused_and_creates_nothing(tmp_path, protocol):
     evil = tmp_path / "evil"
@@ -210,7 +204,7 @@ def test_a_crops_corner_is_subtracted_from_boxes_and_landmarks(tmp_path):
         kps=(np.array(info["kps"]) + [100, 40]).tolist(),
     )
     tw.write_tar(tmp_path / "a.tar", tw.flat({"plain": parts, "cropped": moved}))
-    plain, cropped = iterate_records(str(tmp_path / "a.tar"), paired=False)
+    plain, cropped = _records(tmp_path / "a.tar", paired=False)
     np.testing.assert_allclose(cropped.bboxes, plain.bboxes)
     np.testing.assert_allclose(cropped.kps, plain.kps, atol=1e-4)
 
@@ -222,7 +216,7 @@ def test_released_variants_are_read(tmp_path):
     arrays = {"bboxes": np.array(info["bboxes"]), "embedding": tw.embedding(2)}
     parts = {**_edited(parts, bboxes=None, name="person_002"), "npy": tw.npy(arrays)}
     tw.write_tar(tmp_path / "a.tar", tw.flat({"x": parts}))
-    (record,) = iterate_records(str(tmp_path / "a.tar"), paired=True)
+    (record,) = _records(tmp_path / "a.tar", paired=True)
     assert record.names == ["person_002"]
     assert record.embeddings.shape == (1, 512) and record.bboxes.shape == (1, 4)
 
@@ -264,18 +258,46 @@ def test_the_catalogue_is_kept_and_rebuilt_when_a_shard_changes(tmp_path):
     assert "new" in ensure_catalogue(str(root), "rec", tmp_path / "cache").keys.tolist()
 
 
+class _Pack:
+    """Stands for a face pack: finds `boxes` everywhere; an embedding repeats the left eye's x."""
+
+    def __init__(self, boxes, stamp="one"):
+        self.boxes, self.stamp, self.detections = boxes, stamp, 0
+
+    def detect(self, image):
+        self.detections += 1
+        return self.boxes, np.zeros((len(self.boxes), 5, 2), np.float32)
+
+    def embed(self, image, kps):
+        return (kps[:, :1, 0] * np.ones((1, 512))).astype(np.float32)
+
+
 def test_landmarks_are_detected_once_and_matched_to_boxes_by_overlap(tmp_path):
     root = tw.write_shards(tmp_path / "s", records=4, kps=False)
-    calls = []
-
-    def detect(image):
-        calls.append(image.shape)
-        return np.array([[0, 0, 3, 3]], np.float32), np.zeros((1, 5, 2), np.float32)
-
-    catalogue = ensure_catalogue(str(root), "rec", tmp_path / "cache", detect=detect)
-    ensure_catalogue(str(root), "rec", tmp_path / "cache", detect=detect)
-    assert len(calls) == len(catalogue) == 4
+    pack = _Pack(np.array([[0, 0, 3, 3]], np.float32))
+    catalogue = ensure_catalogue(str(root), "rec", tmp_path / "cache", pack=pack)
+    ensure_catalogue(str(root), "rec", tmp_path / "cache", pack=pack)
+    assert pack.detections == len(catalogue) == 4
     assert np.isnan(catalogue.kps).all()  # nothing overlaps: no landmarks rather than wrong ones
+
+
+def test_records_without_an_npy_get_their_embeddings_once_from_the_face_pack(tmp_path):
+    parts = {str(i): tw.record([i], i, named=False, kps=i > 0) for i in range(3)}
+    bare = {k: {s: d for s, d in p.items() if s != "npy"} for k, p in parts.items()}
+    path = tmp_path / "s" / "train_rec" / "0.tar"
+    tw.write_tar(path, tw.flat(bare))
+    assert build_catalogue([str(path)], paired=False).bad == {"missing_embeddings": 3}
+    pack = _Pack(np.zeros((0, 4), np.float32))  # finds nothing: only records with landmarks can be embedded
+    catalogue = ensure_catalogue(str(tmp_path / "s"), "rec", tmp_path / "cache", pack=pack)
+    assert catalogue.keys.tolist() == ["1", "2"] and catalogue.bad == {"missing_embeddings": 1}
+    record = ensure_catalogue(str(tmp_path / "s"), "rec", tmp_path / "cache", pack=pack).read(
+        1, ShardReader()
+    )
+    np.testing.assert_allclose(record.embeddings, record.kps[:, :1, 0] * np.ones((1, 512)))
+    assert pack.detections == 1
+    other = _Pack(np.zeros((0, 4), np.float32), stamp="another")
+    ensure_catalogue(str(tmp_path / "s"), "rec", tmp_path / "cache", pack=other)
+    assert other.detections == 1  # another network's embeddings are made again
 
 
 def test_each_detection_is_used_once_and_the_best_overlap_wins():

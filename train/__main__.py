@@ -82,21 +82,16 @@ def references(args: argparse.Namespace) -> None:
     """Builds the reference bank, with the image features of every face crop if asked."""
     from withanyone import FaceAnalyzer
 
+    from .pack import PackReader
     from .references import REFERENCE_TARS, build_bank, cache_features
     from .shards import list_shards
 
-    analyzer = find_face = None
+    analyzer = None
     if args.pretrained:
-        analyzer = FaceAnalyzer.from_pretrained(args.pretrained, subfolder="face_analyzer")
-
-        def find_face(image):  # noqa: ANN001, ANN202
-            faces = analyzer.detect(image, max_faces=1)
-            return (faces[0].bbox, faces[0].embedding) if faces else None
-
+        analyzer = FaceAnalyzer.from_pretrained(Path(args.pretrained) / "face_analyzer")
+    pack = PackReader(analyzer) if analyzer else None
     out = Path(args.out or Path(args.shards) / ".train_cache" / "bank")
-    bank, bad = build_bank(
-        list_shards(f"{args.shards.rstrip('/')}/{REFERENCE_TARS}"), out, find_face=find_face
-    )
+    bank, bad = build_bank(list_shards(f"{args.shards.rstrip('/')}/{REFERENCE_TARS}"), out, pack=pack)
     print(f"{out}: {len(bank)} photos of {len(bank.names)} people; left out: {bad or 'none'}")
     if args.features:
         if analyzer is None:

@@ -6,7 +6,8 @@ order of samples a matter of numbers alone (a permutation of record numbers, wha
 workers or machines), and the place in the data stream a single counter.
 
 Landmarks of the targets are found in the same pass: taken from the record where it carries them, else
-detected once and matched to the record's boxes by overlap. A face without a match has NaN landmarks.
+detected once and matched to the record's boxes by overlap. A face without a match has NaN landmarks. Records
+without a `.npy` get their embeddings from these landmarks, once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from .pack import PackReader
 from .shards import (
     REASONS,
     BadRecord,
@@ -46,9 +48,6 @@ SUBSETS = {"rec": "train_rec", "cp": "train_cp"}  # reconstruction; identified a
 PARTS = ("image", "json", "npy")
 VERSION = 1
 MATCH_IOU = 0.4
-
-# a picture (H, W, 3) uint8 -> boxes (M, 4), landmarks (M, 5, 2)
-LandmarkDetector = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -96,6 +95,7 @@ class Catalogue:
     face_start: np.ndarray  # (R + 1,) int64: faces of record i are rows face_start[i]:face_start[i + 1] of
     kps: np.ndarray  # (T, 5, 2) float32, NaN where no landmarks were found
     names: np.ndarray  # (T,) text, "" where unidentified
+    embeddings: np.ndarray  # (T, 512) float32 raw where records have no `.npy`, else (0, 512)
     bad: dict[str, int]  # reason -> records left out
 
     def __len__(self) -> int:
@@ -115,21 +115,45 @@ class Catalogue:
         parts = {
             part: reader.read(path, int(self.offsets[index, k]), int(self.sizes[index, k]))
             for k, part in enumerate(PARTS)
+            if self.sizes[index, k] > 0
         }
         record = parse_record(str(self.keys[index]), parts, paired=self.paired)
-        kps = self.kps[self.faces(index)]
-        if len(kps) != len(record.bboxes):
+        faces = self.faces(index)
+        if faces.stop - faces.start != len(record.bboxes):
             raise BadRecord("length_mismatch", "the shard changed since it was catalogued")
-        record.kps = np.asarray(kps)
+        record.kps = np.array(self.kps[faces])
+        if record.embeddings is None:
+            record.embeddings = np.array(self.embeddings[faces])
         return record
 
 
 def _read_parts(members: dict[str, Member], path: str, reader: ShardReader) -> dict[str, bytes]:
-    missing = {"image": "missing_image", "json": "missing_json", "npy": "missing_embeddings"}
-    for part, reason in missing.items():
+    for part, reason in (("image", "missing_image"), ("json", "missing_json")):
         if part not in members:
             raise BadRecord(reason)
-    return {part: reader.read(path, members[part].offset, members[part].size) for part in PARTS}
+    return {p: reader.read(path, members[p].offset, members[p].size) for p in PARTS if p in members}
+
+
+def _complete(sides: dict[str, Any], image: bytes, pack: PackReader | None) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks (N, 5, 2) and embeddings (N, 512) of a record's faces: its own, else by `pack`.
+
+    NaN landmarks where none were found. `BadRecord` where an embedding is missing and cannot be made, or the
+    picture is broken.
+    """
+    kps, rows = sides["kps"], sides["embeddings"]
+    if pack is None or (kps is not None and rows is not None):
+        decode_image(image, check_only=True)
+        if rows is None:
+            raise BadRecord("missing_embeddings")
+        return np.full((len(rows), 5, 2), np.nan, np.float32) if kps is None else kps, rows
+    picture = decode_image(image)
+    if kps is None:
+        kps = match_landmarks(sides["bboxes"], *pack.detect(picture))
+    if rows is None:
+        if not np.isfinite(kps).all():
+            raise BadRecord("missing_embeddings", "a face was not found")
+        rows = pack.embed(picture, kps)
+    return kps, rows
 
 
 def build_catalogue(
@@ -137,7 +161,7 @@ def build_catalogue(
     *,
     paired: bool,
     known_names: set[str] | None = None,
-    detect: LandmarkDetector | None = None,
+    pack: PackReader | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Catalogue:
     """One pass over `shards`: every record is read and checked, pictures decoded far enough to see they are
@@ -146,48 +170,48 @@ def build_catalogue(
     Args:
         paired: records must name their people (train_cp).
         known_names: people with reference photos; a paired record with anybody else is left out.
-        detect: finds faces where a record carries no landmarks; None leaves them NaN.
+        pack: finds landmarks and embeddings where a record carries none. Without it landmarks stay unknown,
+            and records without a `.npy` are left out.
         progress: called with (shards done, shards).
     """
     rows: dict[str, list] = {
         k: [] for k in ("shard", "keys", "offsets", "sizes", "wh", "aesthetics", "count")
     }
-    kps_rows, name_rows, bad = [], [], Counter()
+    kps_rows, name_rows, embedding_rows, bad = [], [], [], Counter()
     for number, path in enumerate(shards):
         scan, reader = scan_shard(path), ShardReader()
         bad.update(scan.bad)
         for key, members in group_members(scan.members).items():
             try:
                 parts = _read_parts(members, path, reader)
-                sides = parse_sides(parts["json"], parts["npy"], paired=paired)
+                sides = parse_sides(parts["json"], parts.get("npy"), paired=paired)
                 width, height = image_size(parts["image"])
                 check_boxes(sides["bboxes"], width, height)
                 names = sides["names"] or [""] * len(sides["bboxes"])
                 if paired and known_names is not None and not known_names.issuperset(names):
                     raise BadRecord("name_without_references", ", ".join(set(names) - known_names))
-                kps = sides["kps"]
-                if kps is None and detect is not None:
-                    kps = match_landmarks(sides["bboxes"], *detect(decode_image(parts["image"])))
-                else:
-                    decode_image(parts["image"], check_only=True)
+                kps, embeddings = _complete(sides, parts["image"], pack)
             except BadRecord as error:
                 logger.debug("%s: %s: %s", path, key, error)
                 bad[error.reason] += 1
                 continue
             rows["shard"].append(number)
             rows["keys"].append(key)
-            rows["offsets"].append([members[p].offset for p in PARTS])
-            rows["sizes"].append([members[p].size for p in PARTS])
+            rows["offsets"].append([members[p].offset if p in members else 0 for p in PARTS])
+            rows["sizes"].append([members[p].size if p in members else 0 for p in PARTS])
             rows["wh"].append((width, height))
             score = sides["aesthetics_score"]
             rows["aesthetics"].append(np.nan if score is None else score)
             rows["count"].append(len(names))
-            kps_rows.append(np.full((len(names), 5, 2), np.nan, np.float32) if kps is None else kps)
+            kps_rows.append(kps)
             name_rows.extend(names)
+            # kept for all faces as soon as one record needs it, so that rows stay in step
+            embedding_rows.append((embeddings, "npy" not in members))
         reader.close()
         if progress:
             progress(number + 1, len(shards))
     wh = np.array(rows["wh"], np.int32).reshape(-1, 2)
+    kept = [e for e, _ in embedding_rows] if any(made for _, made in embedding_rows) else []
     return Catalogue(
         shards=list(shards),
         paired=paired,
@@ -201,11 +225,15 @@ def build_catalogue(
         face_start=np.concatenate([[0], np.cumsum(rows["count"])]).astype(np.int64),
         kps=np.concatenate(kps_rows).astype(np.float32) if kps_rows else np.zeros((0, 5, 2), np.float32),
         names=np.array(name_rows, dtype=str),
+        embeddings=np.concatenate([np.zeros((0, 512), np.float32), *kept]),
         bad=dict(bad),
     )
 
 
-_ARRAYS = ("shard", "keys", "offsets", "sizes", "width", "height", "aesthetics", "face_start", "kps", "names")
+_ARRAYS = (
+    "shard", "keys", "offsets", "sizes", "width", "height", "aesthetics", "face_start", "kps", "names",
+    "embeddings",
+)  # fmt: skip
 
 
 def replace_folder(folder: Path, fresh: Path) -> None:
@@ -215,8 +243,11 @@ def replace_folder(folder: Path, fresh: Path) -> None:
     os.replace(fresh, folder)
 
 
-def save_catalogue(catalogue: Catalogue, folder: str | Path) -> None:
-    """Arrays as `.npy` (opened memory-mapped), the rest as `catalogue.json`; written aside and renamed."""
+def save_catalogue(catalogue: Catalogue, folder: str | Path, pack_stamp: str = "") -> None:
+    """Arrays as `.npy` (opened memory-mapped), the rest as `catalogue.json`; written aside and renamed.
+
+    `pack_stamp` names the face pack that completed the records.
+    """
     folder = Path(folder)
     fresh = folder.with_name(folder.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -228,6 +259,7 @@ def save_catalogue(catalogue: Catalogue, folder: str | Path) -> None:
         "paired": catalogue.paired,
         "shards": catalogue.shards,
         "stamps": [file_stamp(s) for s in catalogue.shards],
+        "pack": pack_stamp,
         "records": len(catalogue),
         "bad": catalogue.bad,
     }
@@ -251,7 +283,7 @@ def ensure_catalogue(
     cache: str | Path,
     *,
     known_names: set[str] | None = None,
-    detect: LandmarkDetector | None = None,
+    pack: PackReader | None = None,
 ) -> Catalogue:
     """The catalogue of `root`/train_rec ("rec") or `root`/train_cp ("cp"), built where it is missing or
     old."""
@@ -264,17 +296,18 @@ def ensure_catalogue(
     folder = Path(cache) / f"catalogue_{subset}"
     if (folder / "catalogue.json").exists():
         info = json.loads((folder / "catalogue.json").read_text())
-        if info["version"] == VERSION and info["stamps"] == [file_stamp(s) for s in shards]:
+        same_pack = pack is None or info["pack"] in ("", pack.stamp)
+        if info["version"] == VERSION and info["stamps"] == [file_stamp(s) for s in shards] and same_pack:
             return open_catalogue(folder)
-        logger.info("%s: shards changed, reading them again", folder)
+        logger.info("%s: shards or the face pack changed, reading them again", folder)
     catalogue = build_catalogue(
         shards,
         paired=subset == "cp",
         known_names=known_names if subset == "cp" else None,
-        detect=detect,
+        pack=pack,
         progress=lambda done, total: logger.info("%s: shard %d of %d read", SUBSETS[subset], done, total),
     )
-    save_catalogue(catalogue, folder)
+    save_catalogue(catalogue, folder, pack.stamp if pack else "")
     report = ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in sorted(catalogue.bad.items()))
     logger.info(
         "%s: %d records, %d faces, %d without landmarks; left out: %s",

@@ -61,7 +61,7 @@ class TrainConfig:
     train_batch_size: int = 16  # samples a step over all processes, where a bucket gives no number of its own
     dataloader_num_workers: int = 0
     max_bad_share: float = 0.05  # more unreadable records than this stop the run
-    detect_landmarks: bool = True  # records without landmarks: detect once on the target and keep
+    complete_records: bool = True  # landmarks, and embeddings without an .npy: made once by the face pack
 
     # --- references ------------------------------------------------------------------------------------
     reference_rule: Literal["random", "released"] = (

@@ -27,6 +27,7 @@ from withanyone.pipeline import slider_scales
 
 from .catalogue import Catalogue, ensure_catalogue
 from .config import TrainConfig
+from .pack import PackReader
 from .references import ReferenceBank, choose_reference, ensure_bank, same_person_quantile
 from .shards import BadRecord, Record, ShardReader
 
@@ -322,20 +323,10 @@ def open_data(
     Raises `ValueError` where more than `max_bad_share` of the records are damaged.
     """
 
-    def find_face(image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        faces = analyzer.detect(image, max_faces=1)
-        return (faces[0].bbox, faces[0].embedding) if faces else None
-
-    def detect(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        faces = analyzer.detect(image)
-        bboxes = np.array([f.bbox for f in faces], np.float32).reshape(-1, 4)
-        return bboxes, np.array([f.kps for f in faces], np.float32).reshape(-1, 5, 2)
-
+    pack = PackReader(analyzer) if analyzer and config.complete_records else None
     bank = None
     if config.paired_ratio > 0 or config.contrastive_loss_weight > 0:
-        bank = ensure_bank(
-            config.shards, config.cache_path / "bank", find_face=find_face if analyzer else None
-        )
+        bank = ensure_bank(config.shards, config.cache_path / "bank", pack=pack)
     subsets = [
         name for name, share in (("rec", 1 - config.paired_ratio), ("cp", config.paired_ratio)) if share > 0
     ]
@@ -343,7 +334,7 @@ def open_data(
         name: ensure_catalogue(
             config.shards, name, config.cache_path,
             known_names=bank.known_names if bank else None,
-            detect=detect if analyzer and config.detect_landmarks else None,
+            pack=pack,
         )
         for name in subsets
     }  # fmt: skip

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from .catalogue import replace_folder
+from .pack import PackReader
 from .shards import (
     BadRecord,
     Member,
@@ -41,9 +42,6 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 REFERENCE_TARS = "ref/tars"
 _ARRAYS = ("embeddings", "bbox", "names", "start", "location")
-
-# a photo (H, W, 3) uint8 -> (box (4,), raw embedding (512,)) of its largest face, or None
-FaceFinder = Callable[[np.ndarray], "tuple[np.ndarray, np.ndarray] | None"]
 
 
 @dataclass
@@ -162,9 +160,9 @@ def draw_negatives(
 
 
 def _embedding_and_box(
-    members: dict[str, Member], shard: str, reader: ShardReader, find_face: FaceFinder | None
+    members: dict[str, Member], shard: str, reader: ShardReader, pack: PackReader | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A photo's raw embedding (512,) and face box (4,): from its `.npy`, else by `find_face`."""
+    """A photo's raw embedding (512,) and face box (4,): from its `.npy`, else by `pack`."""
     picture = members["image"]
     if "npy" in members:
         value = load_npy(reader.read(shard, members["npy"].offset, members["npy"].size))
@@ -188,9 +186,9 @@ def _embedding_and_box(
             raise BadRecord("bad_box")
         return embedding[0], box[0]
     image = decode_image(reader.read(shard, picture.offset, picture.size))
-    if find_face is None:
+    if pack is None:
         raise BadRecord("missing_embeddings", picture.name)
-    found = find_face(image)
+    found = pack.largest(image)
     if found is None:
         raise BadRecord("no_people", picture.name)
     box, embedding = found
@@ -198,13 +196,13 @@ def _embedding_and_box(
 
 
 def build_bank(
-    shards: Sequence[str], folder: str | Path, *, find_face: FaceFinder | None = None
+    shards: Sequence[str], folder: str | Path, *, pack: PackReader | None = None
 ) -> tuple[ReferenceBank, dict[str, int]]:
     """Writes the bank of `shards` (tars with one folder a person) to `folder`; returns it and what was left
     out.
 
     A photo `person/photo.jpg` takes its embedding from `person/photo.npy` beside it (an array (512,), or a
-    dict with `embedding` and `bboxes`) or, where there is none, from `find_face`.
+    dict with `embedding` and `bboxes`) or, where there is none, its largest face by `pack`.
     """
     rows: list[tuple[str, tuple[int, int, int], np.ndarray, np.ndarray]] = []
     bad: Counter[str] = Counter()
@@ -216,7 +214,7 @@ def build_bank(
                 bad["missing_image"] += 1
                 continue
             try:
-                embedding, box = _embedding_and_box(members, shard, reader, find_face)
+                embedding, box = _embedding_and_box(members, shard, reader, pack)
             except BadRecord as error:
                 logger.debug("%s: %s: %s", shard, key, error)
                 bad[error.reason] += 1
@@ -247,6 +245,7 @@ def build_bank(
         "version": VERSION,
         "shards": list(shards),
         "stamps": [file_stamp(s) for s in shards],
+        "pack": pack.stamp if pack else "",
         "photos": len(rows),
         "people": len(names),
         "bad": dict(bad),
@@ -275,7 +274,7 @@ def open_bank(folder: str | Path) -> ReferenceBank:
     )
 
 
-def ensure_bank(root: str, folder: str | Path, *, find_face: FaceFinder | None = None) -> ReferenceBank:
+def ensure_bank(root: str, folder: str | Path, *, pack: PackReader | None = None) -> ReferenceBank:
     """The bank of `root`/ref/tars at `folder`, built where it is missing or its shards changed."""
     shards = list_shards(f"{root.rstrip('/')}/{REFERENCE_TARS}")
     if not shards:
@@ -283,10 +282,11 @@ def ensure_bank(root: str, folder: str | Path, *, find_face: FaceFinder | None =
     info_path = Path(folder) / "bank.json"
     if info_path.exists():
         info = json.loads(info_path.read_text())
-        if info["version"] == VERSION and info["stamps"] == [file_stamp(s) for s in shards]:
+        same_pack = pack is None or info["pack"] in ("", pack.stamp)
+        if info["version"] == VERSION and info["stamps"] == [file_stamp(s) for s in shards] and same_pack:
             return open_bank(folder)
-        logger.info("%s: shards changed, building the bank again", folder)
-    bank, bad = build_bank(shards, folder, find_face=find_face)
+        logger.info("%s: shards or the face pack changed, building the bank again", folder)
+    bank, bad = build_bank(shards, folder, pack=pack)
     logger.info("%d reference photos of %d people; left out: %s", len(bank), len(bank.names), bad or "none")
     return bank
 

@@ -17,7 +17,7 @@ import posixpath
 import struct
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +39,7 @@ REASONS: dict[str, str] = {
     "not_a_file": "a member is a link or a device",
     "missing_image": "no picture under this key",
     "missing_json": "no .json under this key",
-    "missing_embeddings": "no .npy under this key",
+    "missing_embeddings": "no .npy under this key, and no face pack to make it, or no face found",
     "bad_image": "the picture cannot be decoded, or is cut off",
     "bad_json": "the .json is not a JSON object",
     "bad_npy": "the .npy cannot be read as arrays",
@@ -269,7 +269,7 @@ class Record:
     image: np.ndarray  # (H, W, 3) uint8 RGB
     caption: str
     bboxes: np.ndarray  # (N, 4) float32 xyxy
-    embeddings: np.ndarray  # (N, 512) float32, raw
+    embeddings: np.ndarray | None  # (N, 512) float32, raw; None: the record has no `.npy`
     names: list[str] | None  # one a box; None: unidentified
     kps: np.ndarray | None  # (N, 5, 2) float32, where the record carries them
     aesthetics_score: float | None
@@ -343,35 +343,39 @@ def _landmarks(info: Mapping[str, Any], people: int) -> np.ndarray | None:
     return kps if kps.shape == (people, 5, 2) else None
 
 
-def parse_sides(json_bytes: bytes, npy_bytes: bytes, *, paired: bool) -> dict[str, Any]:
+def parse_sides(json_bytes: bytes, npy_bytes: bytes | None, *, paired: bool) -> dict[str, Any]:
     """The `.json` and `.npy` of a record, checked: every field of `Record` but the picture.
+
+    `npy_bytes` None: a record without a `.npy`, whose embeddings then are None.
 
     Boxes are moved by the corner of `crop` where there is one (released layout: boxes are in the pixels of
     the uncropped picture).
     """
-    if max(len(json_bytes), len(npy_bytes)) > MAX_SIDE_FILE_BYTES:
-        raise BadRecord("bad_json" if len(json_bytes) > len(npy_bytes) else "bad_npy", "too large")
+    for reason, data in (("bad_json", json_bytes), ("bad_npy", npy_bytes or b"")):
+        if len(data) > MAX_SIDE_FILE_BYTES:
+            raise BadRecord(reason, "too large")
     try:
         info = json.loads(json_bytes)
     except (ValueError, RecursionError) as error:
         raise BadRecord("bad_json", str(error)) from error
     if not isinstance(info, dict):
         raise BadRecord("bad_json", f"a {type(info).__name__}")
-    arrays = load_npy(npy_bytes)
+    arrays = {} if npy_bytes is None else load_npy(npy_bytes)
     if not isinstance(arrays, dict):
         raise BadRecord("missing_key", "the .npy holds no dict")
     boxes = info["bboxes"] if info.get("bboxes") is not None else arrays.get("bboxes")
     rows = arrays["embeddings"] if arrays.get("embeddings") is not None else arrays.get("embedding")
-    if boxes is None or rows is None:
+    if boxes is None or (rows is None and npy_bytes is not None):
         raise BadRecord("missing_key", "bboxes" if boxes is None else "embeddings")
-    bboxes, embeddings = _array(boxes, 4, "bad_box"), _array(rows, 512, "nan_embedding")
-    if len(bboxes) != len(embeddings):
+    bboxes = _array(boxes, 4, "bad_box")
+    embeddings = None if rows is None else _array(rows, 512, "nan_embedding")
+    if embeddings is not None and len(bboxes) != len(embeddings):
         raise BadRecord("length_mismatch", f"{len(bboxes)} boxes, {len(embeddings)} embeddings")
     if len(bboxes) == 0:
         raise BadRecord("no_people")
     if len(bboxes) > MAX_PEOPLE:
         raise BadRecord("too_many_people", str(len(bboxes)))
-    if not (np.abs(embeddings).max(axis=1) > 0).all():
+    if embeddings is not None and not (np.abs(embeddings).max(axis=1) > 0).all():
         raise BadRecord("nan_embedding", "all zero")
     corner = np.zeros(2, np.float32)
     if info.get("crop") is not None:
@@ -400,29 +404,14 @@ def check_boxes(bboxes: np.ndarray, width: int, height: int) -> None:
 
 
 def parse_record(key: str, parts: Mapping[str, bytes], *, paired: bool) -> Record:
-    """A checked `Record` of the members' bytes (`image`, `json`, `npy`). Raises `BadRecord`."""
-    for part, reason in (("image", "missing_image"), ("json", "missing_json"), ("npy", "missing_embeddings")):
+    """A checked `Record` of the members' bytes (`image`, `json`, perhaps `npy`). Raises `BadRecord`."""
+    for part, reason in (("image", "missing_image"), ("json", "missing_json")):
         if part not in parts:
             raise BadRecord(reason, key)
-    sides = parse_sides(parts["json"], parts["npy"], paired=paired)
+    sides = parse_sides(parts["json"], parts.get("npy"), paired=paired)
     image = decode_image(parts["image"])
     check_boxes(sides["bboxes"], image.shape[1], image.shape[0])
     return Record(key=key, image=image, **sides)
-
-
-def iterate_records(path: str, *, paired: bool) -> Iterator[Record | BadRecord]:
-    """All records of one shard in their order, damaged ones as the `BadRecord` that tells why."""
-    scan, reader = scan_shard(path), ShardReader()
-    for reason, count in scan.bad.items():
-        for _ in range(count):
-            yield BadRecord(reason, path)
-    for key, members in group_members(scan.members).items():
-        try:
-            parts = {s: reader.read(path, m.offset, m.size) for s, m in members.items()}
-            yield parse_record(key, parts, paired=paired)
-        except BadRecord as bad:
-            yield bad
-    reader.close()
 
 
 def file_stamp(path: str) -> str:
