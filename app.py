@@ -113,9 +113,12 @@ class Studio:
 
         with self._working:
             pipe = self.pipe
+            faces = pipe.find_faces(list(photos)) if photos else None
+            if self.miniature:
+                gallery.check_drawn(faces or [])
             out = pipe(
                 prompt=prompt,
-                faces=list(photos) or None,
+                faces=faces,
                 bboxes=bboxes,
                 id_scale=id_scale,
                 siglip_scale=siglip_scale,
@@ -437,9 +440,9 @@ def describe_faces(studio: Studio, path: str | None) -> str:
         found = studio.find_faces(path)
     except gr.Error as error:
         return f"⚠️ {error.message}"
-    if not found:
+    if not found or (studio.miniature and found[0]["score"] < gallery.DRAWN_SCORE):
         help_text = gallery.NOTICE if studio.miniature else "Take one where it is sharp, lit and not cut off."
-        return f"⚠️ No face was found in this photo. {help_text}"
+        return f"⚠️ No {'drawn ' if studio.miniature else ''}face was found in this photo. {help_text}"
     if len(found) > 1:
         return f"✓ {len(found)} faces found; the largest is taken."
     return "✓ Face found."

@@ -130,7 +130,7 @@ def test_bad_photos_are_named(client, tmp_path, kind, named) -> None:
         client.predict(**arguments([photo]), api_name="/generate")
 
 
-def test_what_is_said_at_the_upload(pipe, painted_photos, tmp_path) -> None:
+def test_what_is_said_at_the_upload(pipe, painted_photos, tmp_path, monkeypatch) -> None:
     studio = app.Studio(pipe)
     tiny_faces.blank().save(tmp_path / "blank.png")
     two = tiny_faces.paint_face(Image.open(painted_photos[0]), (94, 20, 126, 60), 4)
@@ -143,6 +143,10 @@ def test_what_is_said_at_the_upload(pipe, painted_photos, tmp_path) -> None:
     assert "could not be read" in app.describe_faces(studio, str(tmp_path / "text.png"))
     studio.miniature = True
     assert gallery.NOTICE in app.describe_faces(studio, str(tmp_path / "blank.png"))
+    monkeypatch.setattr(
+        gallery, "DRAWN_SCORE", 0.999
+    )  # as a photo of a real person, of whose face it is not sure
+    assert gallery.NOTICE in app.describe_faces(studio, str(painted_photos[0]))
 
 
 def test_the_miniature_names_words_it_does_not_know(pipe) -> None:

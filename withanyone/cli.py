@@ -195,11 +195,15 @@ def generate(args: argparse.Namespace) -> None:
         "guidance_scale": args.guidance,
         "true_cfg_scale": args.true_guidance,
     }
+    faces = [photos if len(photos) > 1 else photos[0] for photos in people] or None
     try:
+        if miniature and faces:
+            faces = pipe.find_faces(faces)
+            gallery.check_drawn(faces)
         out = pipe(
             prompt=args.prompt,
             negative_prompt=args.negative_prompt,
-            faces=[photos if len(photos) > 1 else photos[0] for photos in people] or None,
+            faces=faces,
             bboxes=args.bbox,
             id_scale=id_scale,
             siglip_scale=siglip_scale,
