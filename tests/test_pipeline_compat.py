@@ -280,6 +280,24 @@ def _is_offloaded(model: torch.nn.Module) -> bool:
     return any("group_offloading" in registry.hooks for registry in registries)
 
 
+OFFLOADS = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "group": lambda pipe: pipe.enable_group_offload(CPU, offload_type="leaf_level"),
+    "block": lambda pipe: pipe.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=1),
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_offloading_with_faces_in_the_positive_pass_only(plain, name):
+    guidance = {"true_cfg_scale": 2.0, "faces_in_negative": False}
+    expected = run(tiny.pipeline(), **guidance)
+    pipe = tiny.pipeline()
+    OFFLOADS[name](pipe)
+    for _ in range(2):
+        assert np.array_equal(run(pipe, **guidance), expected)
+        assert np.array_equal(run(pipe), plain)
+
+
 def test_group_offload_of_the_transformer_alone(plain):
     pipe = tiny.pipeline()
     pipe.transformer.enable_group_offload(CPU, CPU, offload_type="leaf_level")
