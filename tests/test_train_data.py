@@ -197,7 +197,7 @@ def test_an_unreadable_record_is_replaced_by_another_of_its_size_and_counted(tmp
     path.write_bytes(data)
     dataset = TrainDataset(catalogues, bank, config, crop_size=64)
     plan = make_plan(dataset, config)
-    item = next(plan.item(n) for n in range(6) if plan.item(n).index == victim)
+    item = next(plan.item(n) for n in range(12) if plan.item(n).index == victim)
     example = dataset[item]
     assert example.bad == ["bad_image"] and example.position == item.position
 
@@ -209,7 +209,7 @@ def test_too_many_damaged_records_stop_the_run(tmp_path):
     with pytest.raises(ValueError, match="bad_json"):
         open_data(make_config(tw.settings(root, tmp_path / "out")))
     catalogues, _ = open_data(make_config(tw.settings(root, tmp_path / "out", max_bad_share=0.5)))
-    assert len(catalogues["rec"]) == 4
+    assert len(catalogues["rec"]) == 8
 
 
 def test_the_quality_subset_leaves_low_scores_out(tmp_path):

@@ -277,7 +277,7 @@ def test_landmarks_are_detected_once_and_matched_to_boxes_by_overlap(tmp_path):
     pack = _Pack(np.array([[0, 0, 3, 3]], np.float32))
     catalogue = ensure_catalogue(str(root), "rec", tmp_path / "cache", pack=pack)
     ensure_catalogue(str(root), "rec", tmp_path / "cache", pack=pack)
-    assert pack.detections == len(catalogue) == 4
+    assert pack.detections == len(catalogue) == 8
     assert np.isnan(catalogue.kps).all()  # nothing overlaps: no landmarks rather than wrong ones
 
 

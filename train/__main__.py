@@ -63,15 +63,27 @@ def run(args: argparse.Namespace) -> None:
         Trainer(config).train()
 
 
+def open_pack(pretrained: str | None):  # noqa: ANN201
+    """The face pack of a pipeline folder, or None where none is given."""
+    if not pretrained:
+        return None
+    from withanyone import FaceAnalyzer
+
+    from .pack import PackReader
+
+    return PackReader(FaceAnalyzer.from_pretrained(Path(pretrained) / "face_analyzer"))
+
+
 def check(args: argparse.Namespace) -> None:
     """Prints how many records of each kind are good, and the others by reason."""
     from .catalogue import SUBSETS, build_catalogue
     from .shards import REASONS, list_shards
 
     bad: Counter[str] = Counter()
-    for name, folder in SUBSETS.items():
+    pack = open_pack(args.pretrained)
+    for folder in SUBSETS["rec"]:
         shards = list_shards(f"{args.shards.rstrip('/')}/{folder}")
-        catalogue = build_catalogue(shards, paired=name == "cp")
+        catalogue = build_catalogue(shards, paired=folder in SUBSETS["cp"], pack=pack)
         bad.update(catalogue.bad)
         print(f"{folder}: {len(shards)} shards, {len(catalogue)} good records, {len(catalogue.kps)} faces")
     for reason, count in bad.most_common():
@@ -80,21 +92,15 @@ def check(args: argparse.Namespace) -> None:
 
 def references(args: argparse.Namespace) -> None:
     """Builds the reference bank, with the image features of every face crop if asked."""
-    from withanyone import FaceAnalyzer
-
-    from .pack import PackReader
     from .references import REFERENCE_TARS, build_bank, cache_features
     from .shards import list_shards
 
-    analyzer = None
-    if args.pretrained:
-        analyzer = FaceAnalyzer.from_pretrained(Path(args.pretrained) / "face_analyzer")
-    pack = PackReader(analyzer) if analyzer else None
+    pack = open_pack(args.pretrained)
     out = Path(args.out or Path(args.shards) / ".train_cache" / "bank")
     bank, bad = build_bank(list_shards(f"{args.shards.rstrip('/')}/{REFERENCE_TARS}"), out, pack=pack)
     print(f"{out}: {len(bank)} photos of {len(bank.names)} people; left out: {bad or 'none'}")
     if args.features:
-        if analyzer is None:
+        if pack is None:
             raise ValueError("`--features` needs `--pretrained`: the pipeline folder with the image encoder.")
         import torch
         from transformers import SiglipImageProcessor, SiglipVisionModel
@@ -108,7 +114,9 @@ def references(args: argparse.Namespace) -> None:
         def encode(crops):  # noqa: ANN001, ANN202
             return encoder(processor(crops, return_tensors="pt").pixel_values).last_hidden_state.numpy()
 
-        bank = cache_features(bank, out, encode, lambda photo, box: crop_face(photo, box, analyzer.crop_size))
+        bank = cache_features(
+            bank, out, encode, lambda photo, box: crop_face(photo, box, pack.analyzer.crop_size)
+        )
         print(f"{out}: image features {bank.features.shape} {bank.features.dtype}")
 
 
@@ -119,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] == "check":
         parser = argparse.ArgumentParser(prog="python -m train check", description=check.__doc__)
         parser.add_argument("--shards", required=True, help="folder with train_rec, train_cp and ref")
+        parser.add_argument("--pretrained", help="pipeline folder: its face pack stands in for missing .npy")
         check(parser.parse_args(argv[1:]))
         return
     if argv and argv[0] == "references":

@@ -44,7 +44,8 @@ from .shards import (
 
 logger = logging.getLogger(__name__)
 
-SUBSETS = {"rec": "train_rec", "cp": "train_cp"}  # reconstruction; identified and paired (copy-paste) data
+# Reconstruction learns from everything, paired (copy-paste) tuning from identified people alone.
+SUBSETS = {"rec": ("train_rec", "train_cp"), "cp": ("train_cp",)}
 PARTS = ("image", "json", "npy")
 VERSION = 1
 MATCH_IOU = 0.4
@@ -285,12 +286,11 @@ def ensure_catalogue(
     known_names: set[str] | None = None,
     pack: PackReader | None = None,
 ) -> Catalogue:
-    """The catalogue of `root`/train_rec ("rec") or `root`/train_cp ("cp"), built where it is missing or
-    old."""
-    shards = list_shards(f"{root.rstrip('/')}/{SUBSETS[subset]}")
+    """The catalogue of all records ("rec") or of the identified ones ("cp"), built where missing or old."""
+    shards = [shard for name in SUBSETS[subset] for shard in list_shards(f"{root.rstrip('/')}/{name}")]
     if not shards:
         raise ValueError(
-            f"`shards` {root!r} holds no .tar under {SUBSETS[subset]}/. Expected MultiID-2M's layout: "
+            f"`shards` {root!r} holds no .tar under {' or '.join(SUBSETS[subset])}. Expected MultiID-2M's: "
             "train_rec/*.tar, train_cp/*.tar, ref/tars/*.tar."
         )
     folder = Path(cache) / f"catalogue_{subset}"
@@ -305,7 +305,7 @@ def ensure_catalogue(
         paired=subset == "cp",
         known_names=known_names if subset == "cp" else None,
         pack=pack,
-        progress=lambda done, total: logger.info("%s: shard %d of %d read", SUBSETS[subset], done, total),
+        progress=lambda done, total: logger.info("%s: shard %d of %d read", subset, done, total),
     )
     save_catalogue(catalogue, folder, pack.stamp if pack else "")
     report = ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in sorted(catalogue.bad.items()))
