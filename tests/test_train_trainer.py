@@ -186,7 +186,7 @@ def test_identity_gradients_equal_finite_differences(world, tmp_path, monkeypatc
     (gradient,) = torch.autograd.grad(loss, weight)
     direction = gradient / gradient.norm()
     losses = []
-    step = 0.01
+    step = 0.002  # the recogniser is far from linear
     for sign in (1, -1):
         with torch.no_grad():
             weight.add_(sign * step * direction)
