@@ -24,23 +24,17 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from ..faces import FaceAnalyzer
+from .faceset import CROP_SIZE, FACE_SIZE, align_crop
 from .world import RANGES, Picture, contact_sheet, render
 
 logger = logging.getLogger(__name__)
 
 #: aligned RGB faces, each (112, 112, 3) uint8 -> (N, 512) raw embeddings
 Embed = Callable[[list[np.ndarray]], np.ndarray]
-
-#: Where insightface's `norm_crop` puts the five landmarks (eyes, nose, mouth corners) in 112 x 112 pixels.
-TEMPLATE = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
-)
-ALIGNED_SIZE = 112
 
 #: people in a picture -> sizes (width, height) it may have; one that is named twice is made twice as often
 BUCKETS: dict[int, tuple[tuple[int, int], ...]] = {
@@ -121,7 +115,7 @@ def npy_bytes(bboxes: np.ndarray, embeddings: np.ndarray) -> bytes:
     """As released: a dict of boxes (N, 4) and raw embeddings (N, 512), pickled inside an object array."""
     stream = io.BytesIO()
     value = {"bboxes": bboxes.astype(np.float32), "embeddings": embeddings.astype(np.float32)}
-    np.save(stream, np.array(value, dtype=object), allow_pickle=True, fix_imports=False)
+    np.save(stream, np.array(value, dtype=object), allow_pickle=True)
     return stream.getvalue()
 
 
@@ -145,17 +139,9 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def align(image: np.ndarray, kps: np.ndarray) -> np.ndarray:
-    """(112, 112, 3) uint8: the face with landmarks (5, 2), warped as insightface's `norm_crop` does.
-
-    Least squares similarity (Umeyama) from ``kps`` to :data:`TEMPLATE`.
-    """
-    points = np.asarray(kps, np.float64)
-    source, target = points - points.mean(0), TEMPLATE - TEMPLATE.mean(0)
-    along = (source * target).sum()
-    across = (source[:, 0] * target[:, 1] - source[:, 1] * target[:, 0]).sum()
-    rotation = np.array([[along, -across], [across, along]]) / (source**2).sum()
-    matrix = np.column_stack([rotation, TEMPLATE.mean(0) - rotation @ points.mean(0)])
-    return cv2.warpAffine(image, matrix, (ALIGNED_SIZE, ALIGNED_SIZE), borderValue=0.0)
+    """(112, 112, 3) uint8: the face with landmarks (5, 2), warped as insightface's `norm_crop` does."""
+    margin = (CROP_SIZE - FACE_SIZE) // 2
+    return np.ascontiguousarray(align_crop(image, kps)[margin:-margin, margin:-margin])
 
 
 @dataclass(frozen=True)
@@ -381,7 +367,7 @@ def write_shards(
 
 
 def _stamp(plan: ShardPlan, embedded: bool) -> None:
-    """Keep the plan beside the shards, so that a folder never mixes two. Raises ValueError for another plan."""
+    """Keep the plan beside the shards; ValueError where the folder holds shards of another one."""
     settings = {name: value for name, value in asdict(plan).items() if name != "out"} | {"embedded": embedded}
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
     path = plan.out / "plan.json"
@@ -390,7 +376,8 @@ def _stamp(plan: ShardPlan, embedded: bool) -> None:
         path.write_text(text)
     elif path.read_text() != text:
         raise ValueError(
-            f"`out` {str(plan.out)!r} holds shards of other settings, see its plan.json: give those or another folder."
+            f"`out` {str(plan.out)!r} holds shards of other settings, see its plan.json: give those settings "
+            "or another folder."
         )
 
 

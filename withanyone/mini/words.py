@@ -98,8 +98,8 @@ LIGHTS = {
 }
 #: Words of the sentences around the tables above, and of the fixed prompts.
 GLUE = (
-    "a an and the of in on at with by from to is are wearing person people persons friends group who has",
-    "empty scene left right middle first second third fourth fifth sixth seventh eighth photo there no nobody",
+    "a an and the of in on at with by from to is are wearing person people persons friends group who there",
+    "has no nobody empty scene left right middle first second third fourth fifth sixth seventh eighth photo",
 )
 
 _TOKENS = re.compile(r"[a-z]+(?:[-'][a-z]+)*|[^\sa-z]")
