@@ -123,9 +123,9 @@ def square_crop_box(bbox: Sequence[float], width: int, height: int) -> tuple[int
 def default_bboxes(num_people: int, height: int, width: int) -> list[BBox]:
     """Boxes for the faces of `num_people` (1 to 8) in a picture, as a photographer would place a group.
 
-    One person's face is about half the picture's height; more people stand side by side, every second one a
-    little higher, and where two rows make larger faces, the back row shows between the heads of the front
-    row. Left to right, back row first. Boxes never overlap, whatever the aspect ratio.
+    One face is half as high as the picture; more people stand side by side, every second one a little higher,
+    and where another row makes the faces clearly larger, behind one another. Left to right, back row first.
+    Boxes lie inside the picture and never overlap, whatever the aspect ratio.
     """
     if not 1 <= num_people <= MAX_DEFAULT_PEOPLE:
         raise ValueError(
@@ -134,40 +134,29 @@ def default_bboxes(num_people: int, height: int, width: int) -> list[BBox]:
         )
     if height < 1 or width < 1:
         raise ValueError(f"`height` and `width` are {height} and {width}; give at least 1 pixel each.")
-    layouts = [_in_rows(num_people, rows, height, width) for rows in range(1, min(num_people, 4) + 1)]
-    # Fewer rows look more natural, so another row must make the faces clearly larger.
-    best = layouts[0]
-    for layout in layouts[1:]:
+    best = _in_rows(num_people, 1, height, width)
+    for num_rows in range(2, num_people + 1):
+        layout = _in_rows(num_people, num_rows, height, width)
         if _face_height(layout) > 1.15 * _face_height(best):
             best = layout
     return best
 
 
 def _in_rows(num_people: int, num_rows: int, height: int, width: int) -> list[BBox]:
-    """`num_people` in `num_rows` rows: the back row highest, each row centred, faces as large as fits."""
+    """`num_people` in `num_rows` rows, those in front fuller, each spread over the width."""
     counts = [num_people // num_rows + (r >= num_rows - num_people % num_rows) for r in range(num_rows)]
-    columns = max(counts)
-    row_height = 0.8 * height / num_rows
-    column_width = 0.94 * width / (columns + (0.5 if num_rows > 1 and min(counts) == columns else 0.0))
+    column_width, row_height = width / max(counts), 0.78 * height / num_rows
     face_height = min(
-        0.5 * height if num_people == 1 else 0.4 * height,  # never larger than a portrait's
-        (0.7 if columns > 1 else 0.85) * column_width / FACE_ASPECT,  # room for hair and shoulders beside
-        0.68 * row_height,
+        (0.78 if max(counts) < 4 else 0.86) * column_width,  # room for hair and shoulders beside
+        0.5 * height if num_rows == 1 else 0.55 * row_height,  # and above and below
     )
-    face_width = FACE_ASPECT * face_height
     boxes = []
     for r, count in enumerate(counts):
-        cy = (
-            height * (0.47 if num_people == 1 else 0.43)
-            if num_rows == 1
-            else 0.08 * height + (r + 0.5) * row_height
-        )
-        # Rows of equal length stand staggered, a quarter column to either side.
-        shift = (0.25 if r % 2 else -0.25) * column_width if num_rows > 1 and min(counts) == columns else 0.0
+        middle = 0.55 * height if num_rows == 1 else 0.495 * height + (r - (num_rows - 1) / 2) * row_height
         for i in range(count):
-            cx = width / 2 + shift + (i - (count - 1) / 2) * column_width
-            lift = 0.06 * face_height * (1 if i % 2 else -1) if count > 1 else 0.0
-            boxes.append(_box_about(cx, cy - lift, face_width, face_height))
+            lift = 0.04 * face_height * (-1) ** (i + 1) if count > 1 else 0.0
+            cx = width * (i + 0.5) / count
+            boxes.append(_box_about(cx, middle - lift, FACE_ASPECT * face_height, face_height))
     return boxes
 
 
