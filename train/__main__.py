@@ -1,5 +1,7 @@
 """Command line of training: `python -m train --config PHASE.yaml [PHASE.yaml ...] [key=value ...]`.
 
+`prepare --config ...` reads the shards ahead, `check` and `references` look at shards alone.
+
 Several phases run in turn, each going on from the last one's adapter. The same command again goes on where
 the run was; a finished phase is passed over.
 """
@@ -74,6 +76,21 @@ def open_pack(pretrained: str | None):  # noqa: ANN201
     return PackReader(FaceAnalyzer.from_pretrained(Path(pretrained) / "face_analyzer"))
 
 
+def prepare(args: argparse.Namespace) -> None:
+    """Builds catalogues and reference bank of the phases ahead of the runs that need them."""
+    from .data import open_data
+
+    for config in chain(args.config, args.overrides):
+        pack = open_pack(config.pretrained)
+        catalogues, bank = open_data(config, pack.analyzer if pack else None)
+        for name, catalogue in catalogues.items():
+            print(
+                f"{name}: {len(catalogue)} records, {len(catalogue.kps)} faces, left out {catalogue.bad or 'none'}"
+            )
+        if bank:
+            print(f"bank: {len(bank)} photos of {len(bank.names)} people")
+
+
 def check(args: argparse.Namespace) -> None:
     """Prints how many records of each kind are good, and the others by reason."""
     from .catalogue import SUBSETS, build_catalogue
@@ -138,24 +155,29 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--features", action="store_true", help="keep the face crops' image features")
         references(parser.parse_args(argv[1:]))
         return
-    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    args = parse_phases(argv[1:] if argv[:1] == ["prepare"] else argv)
+    (prepare if argv[:1] == ["prepare"] else run)(args)
+
+
+def parse_phases(argv: list[str]) -> argparse.Namespace:
+    """`--config FILE [FILE ...] [key=value ...]`: what has an equals sign is an override, wherever it stands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", nargs="+", required=True, help="phase files, run in turn")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("overrides", nargs="*", default=[], help="key=value, for all phases")
     args, rest = parser.parse_known_args(argv)
-    # `--config a.yaml key=value`: what has an equals sign is an override, wherever it stands
     args.overrides += [item for item in (*args.config, *rest) if "=" in item]
     args.config = [item for item in args.config if "=" not in item]
     unknown = [item for item in rest if "=" not in item or item.startswith("-")]
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
-        run(args)
+        chain(args.config, args.overrides)
     except ValueError as error:
-        if args.dry_run:
-            parser.error(str(error))
-        raise
+        parser.error(str(error))
+    return args
 
 
 if __name__ == "__main__":

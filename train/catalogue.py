@@ -311,7 +311,7 @@ def ensure_catalogue(
     report = ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in sorted(catalogue.bad.items()))
     logger.info(
         "%s: %d records, %d faces, %d without landmarks; left out: %s",
-        SUBSETS[subset], len(catalogue), len(catalogue.kps), int(np.isnan(catalogue.kps).any((1, 2)).sum()),
+        subset, len(catalogue), len(catalogue.kps), int(np.isnan(catalogue.kps).any((1, 2)).sum()),
         report or "none",
     )  # fmt: skip
     return catalogue

@@ -184,7 +184,9 @@ class Trainer:
         config = self.config
         dtype = DTYPES[config.frozen_dtype]
         if pipeline is None:
-            pipeline = WithAnyonePipeline.from_pretrained(config.pretrained, face_adapter=None, dtype=dtype)
+            pipeline = WithAnyonePipeline.from_pretrained(
+                config.pretrained, face_adapter=None, dtype={"default": dtype, "vae": torch.float32}
+            )
         for name in ("image_encoder", "feature_extractor", "face_analyzer"):
             if getattr(pipeline, name) is None:
                 raise ValueError(f"`pretrained` {config.pretrained!r} has no `{name}`, which training needs.")
