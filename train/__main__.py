@@ -84,9 +84,8 @@ def prepare(args: argparse.Namespace) -> None:
         pack = open_pack(config.pretrained)
         catalogues, bank = open_data(config, pack.analyzer if pack else None)
         for name, catalogue in catalogues.items():
-            print(
-                f"{name}: {len(catalogue)} records, {len(catalogue.kps)} faces, left out {catalogue.bad or 'none'}"
-            )
+            bad = catalogue.bad or "none"
+            print(f"{name}: {len(catalogue)} records, {len(catalogue.kps)} faces, left out {bad}")
         if bank:
             print(f"bank: {len(bank)} photos of {len(bank.names)} people")
 
@@ -160,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_phases(argv: list[str]) -> argparse.Namespace:
-    """`--config FILE [FILE ...] [key=value ...]`: what has an equals sign is an override, wherever it stands."""
+    """`--config FILE ... [key=value ...]`: what has an equals sign is an override, wherever it stands."""
     parser = argparse.ArgumentParser(
         prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
