@@ -220,26 +220,31 @@ def report_providers(pipe: WithAnyonePipeline) -> None:
         )
 
 
-class Photo(gr.Image):
+def photo_input(label: str, **look: Any) -> gr.Image:
     """An image input that hands on the uploaded file as it is: `load_image` reads it and names mistakes.
 
     Only uploaded files: a program might as well send the path of any file of this machine.
     """
+    photo = gr.Image(label=label, type="filepath", format="png", **look)
+    uploads = Path(photo.GRADIO_CACHE).resolve()
 
-    def preprocess(self, payload: Any) -> str | None:
+    def uploaded_file(payload: Any) -> str | None:
         if payload is None or payload.path is None:
             return None
         path = Path(payload.path).resolve()
-        if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()):
+        if not path.is_relative_to(uploads):
             raise gr.Error(f"{payload.path} was not uploaded: upload the photo first.", print_exception=False)
         return str(path)
 
+    photo.preprocess = uploaded_file
+    return photo
 
-class Slider(gr.Slider):
+
+def slider(*args: Any, **kwargs: Any) -> gr.Slider:
     """A slider that leaves checking to those who know the argument's name and can say what to do."""
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
+    made = gr.Slider(*args, **kwargs)
+    made.preprocess = lambda value: value
+    return made
 
 
 def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = None) -> gr.Blocks:
@@ -257,16 +262,8 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
         with gr.Row():
             for i in range(1, MAX_PEOPLE + 1):
                 with gr.Column(min_width=150):
-                    photos.append(
-                        Photo(
-                            label=f"Person {i}",
-                            format="png",
-                            type="filepath",
-                            sources=["upload", "clipboard"],
-                            height=190,
-                            buttons=[],
-                        )
-                    )
+                    look = {"sources": ["upload", "clipboard"], "height": 190, "buttons": []}
+                    photos.append(photo_input(f"Person {i}", **look))
                     notes.append(gr.Markdown(elem_classes="person-status", container=False))
         if studio.miniature:
             add_drawn_people(photos)
@@ -287,7 +284,7 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
         gr.Examples([[text] for text in examples], [prompt], label="Prompts to try", api_visibility="private")
 
         with gr.Row():
-            similarity_slider = Slider(
+            similarity_slider = slider(
                 0,
                 1.5,
                 similarity,
@@ -295,7 +292,7 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
                 label="Similarity: how much the faces count",
                 info="0: not at all · 1: as the model was trained · 1.5: more than that",
             )
-            diversity_slider = Slider(
+            diversity_slider = slider(
                 0,
                 1,
                 diversity,
@@ -305,8 +302,8 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
             )
         with gr.Accordion("More settings", open=False), gr.Row():
             shape = gr.Radio(list(FLUX_SIZES), value="square", label="Shape")
-            steps = Slider(1, MAX_STEPS, defaults["num_inference_steps"], step=1, label="Steps")
-            guidance = Slider(
+            steps = slider(1, MAX_STEPS, defaults["num_inference_steps"], step=1, label="Steps")
+            guidance = slider(
                 1,
                 10,
                 defaults[studio.guidance_name],
@@ -366,7 +363,7 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
         )
 
         with gr.Group(visible=False):  # for programs
-            photo, found = Photo(label="photo", type="filepath"), gr.JSON(label="faces")
+            photo, found = photo_input("photo"), gr.JSON(label="faces")
             gr.Button().click(studio.find_faces, photo, found, api_name="find_faces", concurrency_limit=4)
 
         def suggest_layout(num_people: int, width: int, height: int) -> list:
