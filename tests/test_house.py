@@ -118,3 +118,22 @@ def test_no_pickle_is_loaded_and_no_error_swallowed(path: Path) -> None:
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
             assert not broad, f"line {node.lineno}: a broad except"
+
+
+def test_the_card_is_filled_between_its_marks() -> None:
+    from withanyone.mini.card import BEGIN, END, fill_card
+
+    figures = {
+        "faces": {"command": "measure", "recall": {"24 px": 0.9951}, "names": ["a"], "interval": [0.1, 0.25]}
+    }
+    filled = fill_card(read("hub_card/README.md"), figures)
+    assert (
+        "`measure`" in filled
+        and "| recall: 24 px | 0.9951 |" in filled
+        and "| interval: 1 | 0.25 |" in filled
+    )
+    assert fill_card(filled, figures) == filled  # again: nothing is added twice
+    outside = filled.split(BEGIN)[0] + filled.split(END)[1]
+    assert outside == read("hub_card/README.md").split(BEGIN)[0] + read("hub_card/README.md").split(END)[1]
+    with pytest.raises(ValueError, match="`text`"):
+        fill_card("no marks", figures)
