@@ -7,6 +7,7 @@ landmarks and the face's box are exact by construction. Colours are RGB in 0..25
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -134,7 +135,7 @@ class Canvas:
 
     @staticmethod
     def _color(color: Sequence[float]) -> tuple[float, ...]:
-        return tuple(float(value) for value in np.clip(color, 0, 255))
+        return tuple(min(255.0, max(0.0, float(value))) for value in color)
 
     def fill(self, points: np.ndarray, color: Sequence[float]) -> None:
         cv2.fillPoly(self.image, [self._fixed(points)], self._color(color), cv2.LINE_AA, SHIFT)
@@ -155,10 +156,9 @@ class Canvas:
         return mask
 
     def _region(self, points: np.ndarray, pad: int) -> tuple[slice, slice] | None:
-        low = np.floor(points.min(0)).astype(int) - pad
-        high = np.ceil(points.max(0)).astype(int) + pad + 1
-        x0, y0 = np.clip(low, 0, (self.width, self.height))
-        x1, y1 = np.clip(high, 0, (self.width, self.height))
+        (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+        x0, x1 = max(0, math.floor(left) - pad), min(self.width, math.ceil(right) + pad + 1)
+        y0, y1 = max(0, math.floor(top) - pad), min(self.height, math.ceil(bottom) + pad + 1)
         return None if x1 - x0 < 1 or y1 - y0 < 1 else (slice(y0, y1), slice(x0, x1))
 
     def _coverage(
@@ -193,7 +193,10 @@ class Canvas:
             return
         opacity = self._coverage(points, region, alpha, blur, clip)
         part = self.image[region].astype(np.float32)
-        self.image[region] = part + (np.clip(color, 0, 255).astype(np.float32) - part) * opacity
+        change = np.array(self._color(color), np.float32) - part
+        change *= opacity
+        change += part
+        self.image[region] = change
 
     def shaded(self, points: np.ndarray, color: Sequence[float], light: Light, depth: float = 0.3) -> None:
         """Fill a polygon with a gradient from its lit to its shaded side."""
@@ -235,6 +238,8 @@ class Head:
         self.width = identity["face_width"] * (1 + 0.035 * look.weight)
         self.jaw_drop = {"laughing": 0.09, "surprised": 0.13}.get(look.expression, 0.0)
         self.sections = self._sections()
+        self.heights = np.maximum.accumulate(self.sections[:, 0])
+        self.columns = tuple(np.ascontiguousarray(self.sections[:, column]) for column in (1, 2, 3))
 
     @classmethod
     def placed(
@@ -285,16 +290,19 @@ class Head:
 
     def at(self, v: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Half-width, centre depth and half-depth of the cross-section at height v."""
-        heights = np.maximum.accumulate(self.sections[:, 0])
-        return tuple(np.interp(v, heights, self.sections[:, column]) for column in (1, 2, 3))
+        return tuple(np.interp(v, self.heights, column) for column in self.columns)
 
     def pixels(self, points: np.ndarray) -> np.ndarray:
         """Turn and place points (N, 3) of head units: (N, 2) pixels."""
-        x, y, z = np.asarray(points, np.float64).T
+        return self._turned(*np.asarray(points, np.float64).T)
+
+    def _turned(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         x, z = x * self.cos_yaw + z * self.sin_yaw, z * self.cos_yaw - x * self.sin_yaw
         y = y * self.cos_pitch + z * self.sin_pitch
-        turned = np.stack([x * self.cos_roll - y * self.sin_roll, x * self.sin_roll + y * self.cos_roll], -1)
-        return self.center + self.scale * turned
+        pixels = np.empty((len(x), 2))
+        pixels[:, 0] = self.center[0] + self.scale * (x * self.cos_roll - y * self.sin_roll)
+        pixels[:, 1] = self.center[1] + self.scale * (x * self.sin_roll + y * self.cos_roll)
+        return pixels
 
     def upright(self, points: np.ndarray) -> np.ndarray:
         """Points (N, 2) that tilt with the head but do not turn: (N, 2) pixels."""
@@ -304,11 +312,10 @@ class Head:
 
     def surface(self, points: np.ndarray, lift: np.ndarray | float = 0.0) -> np.ndarray:
         """Points (N, 2) of (u, v) on the front of the face, raised by ``lift``: (N, 2) pixels."""
-        points = np.asarray(points, np.float64).reshape(-1, 2)
-        width, middle, depth = self.at(points[:, 1])
-        across = np.clip(np.abs(points[:, 0]) / np.maximum(width, 1e-3), 0, 0.995)
-        z = middle + depth * np.sqrt(1 - across**2) + lift
-        return self.pixels(np.column_stack([points, z]))
+        u, v = np.asarray(points, np.float64).reshape(-1, 2).T
+        width, middle, depth = self.at(v)
+        across = np.minimum(np.abs(u) / np.maximum(width, 1e-3), 0.995)
+        return self._turned(u, v, middle + depth * np.sqrt(1 - across**2) + lift)
 
     def rim(self, side: int, top: float, bottom: float, grow: float = 0.0, steps: int = 14) -> np.ndarray:
         """The outline on one side (-1 left, 1 right) between two heights: (steps, 2) pixels."""
