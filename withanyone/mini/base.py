@@ -1,0 +1,561 @@
+"""The miniature's FLUX: a FluxTransformer2DModel trained from nothing to draw people from captions.
+
+Flow matching as FluxPipeline samples it: the transformer sees packed noisy latents at `sigma` and predicts
+the velocity noise - latents. Captions go through the frozen text encoders; one in ten is replaced by the
+empty one, so that true guidance works. Sizes are mixed, a batch of one size a step, about the same number of
+tokens each.
+
+The learning rate is constant on the trunk, which can be continued for ever, and falls to zero on a branch
+that starts from the trunk's last step; the branch's averaged weights are the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
+
+from withanyone import flow
+
+from . import pictures, text
+from .latents import PatchAutoencoder, to_tensor
+from .loop import TrainingLoop, step_rng
+from .parts import RUNS, add_part_arguments, start_part, write_figures
+from .pictures import Bucket
+
+logger = logging.getLogger(__name__)
+
+PATCH = 16  # pixels a side of a FLUX token
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where the held-out error is measured
+TEXT_DROPOUT = 0.1
+OPEN_END = 10**6  # the trunk's own number of steps: it can always be continued
+CAPTIONS = 3  # captions of each training picture
+SHORT_TEXT = 24  # tokens that every caption of one person fits in
+#: Draws of a bucket at the trunk's start and from step 3000 on: portraits teach faces cheapest, groups come
+#: in later.
+SHARES = {
+    pictures.PORTRAIT: (0.76, 0.58),
+    pictures.PAIR: (0.10, 0.16),
+    pictures.GROUP: (0.06, 0.15),
+    pictures.WIDE: (0.03, 0.04),
+    pictures.TALL: (0.03, 0.03),
+    pictures.WIDE_GROUP: (0.02, 0.04),
+}
+SHARES_SETTLE = 3000
+
+
+def transformer_config(latent_channels: int = 24) -> dict[str, object]:
+    """FLUX 256 wide: two double and four single blocks, 9 M parameters."""
+    return {
+        "patch_size": 1,
+        "in_channels": 4 * latent_channels,
+        "num_layers": 2,
+        "num_single_layers": 4,
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
+        "joint_attention_dim": text.WIDTH,
+        "pooled_projection_dim": text.WIDTH,
+        "guidance_embeds": False,
+        "axes_dims_rope": (16, 24, 24),
+    }
+
+
+# Text
+
+
+@dataclass
+class TextModels:
+    """The frozen tokenizer and encoders of a pipeline folder."""
+
+    tokenizer: PreTrainedTokenizerFast
+    clip: CLIPTextModel
+    t5: T5EncoderModel
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> TextModels:
+        """Loads them in fp32."""
+        return cls(
+            PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2"),
+            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval(),
+            T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval(),
+        )
+
+    @torch.no_grad()
+    def encode(self, token_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """token_ids (B, 64) padded -> T5's states (B, length, D), padded to `length`, and CLIP's pooled (B,
+        D)."""
+        used = int((token_ids != self.tokenizer.pad_token_id).sum(dim=1).max())
+        return self.t5(token_ids[:, :length])[0], self.clip(token_ids[:, :used]).pooler_output
+
+    def token_ids(self, captions: list[str]) -> Tensor:
+        """(B, 64) padded token ids, as FluxPipeline makes them."""
+        return text.tokenize(self.tokenizer, captions, text.MAX_TEXT_TOKENS)
+
+
+# Data
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> FLUX tokens (B, h/2 * w/2, 4C), as FluxPipeline packs them."""
+    batch, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, batch, channels, height, width)
+
+
+@torch.no_grad()
+def encode_shard(
+    path: Path, cache: Path, vae: PatchAutoencoder, models: TextModels, mirror: bool
+) -> dict[str, Tensor]:
+    """A shard's pictures as tokens (N, T, 96) fp16 and its captions as ids (N, K, 64) uint8; kept in `cache`.
+
+    mirror: the pictures flipped left to right as well, with captions to match: twice the pictures.
+    """
+    kept = cache / path.name
+    if not kept.exists():
+        shard, captions = pictures.read_shard(path, "pixels", "attributes", "setting")
+        number = int(path.stem.split("_")[1])
+        tokens, ids = [], []
+        for mirrored in (False, True) if mirror else (False,):
+            for start in range(0, len(shard["pixels"]), 50):
+                images = shard["pixels"][start : start + 50]
+                x = to_tensor(np.ascontiguousarray(images[:, :, ::-1]) if mirrored else images)
+                latents = vae.encode(x).latent_dist.mode()
+                tokens.append(pack((latents - vae.config.shift_factor) * vae.config.scaling_factor).half())
+            if mirror:
+                rng = np.random.default_rng((number, mirrored))
+                captions = pictures.captions_from_attributes(shard, CAPTIONS, rng, mirrored)
+            told = [models.token_ids([several[k] for several in captions]) for k in range(len(captions[0]))]
+            ids.append(torch.stack(told, dim=1).to(torch.uint8))
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial")
+        save_file({"tokens": torch.cat(tokens), "token_ids": torch.cat(ids)}, partial)
+        partial.replace(kept)
+    with safe_open(kept, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in ("tokens", "token_ids")}
+
+
+class LatentPictures:
+    """All pictures as tokens, by bucket; `refresh` takes in shards that were rendered since."""
+
+    def __init__(
+        self, folder: Path, cache: Path, split: str, vae: PatchAutoencoder, models: TextModels
+    ) -> None:
+        self.folder, self.cache, self.split, self.vae, self.models = folder, cache, split, vae, models
+        self.shards: dict[Bucket, list[dict[str, Tensor]]] = {bucket: [] for bucket in SHARES}
+        self.seen: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Loads the shards that are new."""
+        mirror = self.split == "train"
+        for path in pictures.shard_paths(self.folder, self.split):
+            if path.name not in self.seen:
+                self.seen.add(path.name)
+                bucket = pictures.bucket_of(int(path.stem.split("_")[1]))
+                self.shards[bucket].append(encode_shard(path, self.cache, self.vae, self.models, mirror))
+
+    def count(self, bucket: Bucket) -> int:
+        """Number of pictures of a bucket."""
+        return sum(len(shard["tokens"]) for shard in self.shards[bucket])
+
+    def draw(self, bucket: Bucket, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, 96) fp32 and caption ids (B, 64) of random pictures, one of their captions each."""
+        shards = self.shards[bucket]
+        chosen = rng.integers(len(shards), size=batch_size)
+        rows = [int(rng.integers(len(shards[s]["tokens"]))) for s in chosen]
+        which = [int(rng.integers(shards[s]["token_ids"].shape[1])) for s in chosen]
+        tokens = torch.stack([shards[s]["tokens"][row] for s, row in zip(chosen, rows, strict=True)]).float()
+        ids = torch.stack(
+            [shards[s]["token_ids"][row, k] for s, row, k in zip(chosen, rows, which, strict=True)]
+        )
+        return tokens, ids.long()
+
+
+def bucket_shares(step: int) -> np.ndarray:
+    """How often each bucket of SHARES is drawn at a step: from its first to its second share."""
+    progress = min(1.0, step / SHARES_SETTLE)
+    shares = np.array([first + (last - first) * progress for first, last in SHARES.values()])
+    return shares / shares.sum()
+
+
+def batch_size_of(bucket: Bucket, tokens_per_step: int) -> int:
+    """Pictures a step, so that every bucket's step has about the same number of image tokens."""
+    return max(2, tokens_per_step // bucket.num_tokens)
+
+
+# Training
+
+
+class Optimizers:
+    """Muon for the matrices of the blocks, AdamW for all else, behind one optimiser's interface.
+
+    Muon's learning rate is scaled to AdamW's update size (`match_rms_adamw`), so one rate serves both.
+    """
+
+    def __init__(self, model: FluxTransformer2DModel) -> None:
+        matrices, rest = [], []
+        for name, parameter in model.named_parameters():
+            in_block = "transformer_blocks" in name and "norm" not in name
+            (matrices if in_block and parameter.ndim == 2 else rest).append(parameter)
+        self.parts = (
+            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01),
+        )
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Both optimisers' groups."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        """One step of both."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, dict]:
+        """Both states under one numbering: Muon's parameters first."""
+        first = len(self.parts[0].param_groups[0]["params"])
+        states = [part.state_dict()["state"] for part in self.parts]
+        return {"state": {**states[0], **{first + index: entry for index, entry in states[1].items()}}}
+
+    def load_state_dict(self, state_dict: Mapping[str, dict]) -> None:
+        """Takes up a `state_dict`."""
+        first = len(self.parts[0].param_groups[0]["params"])
+        states: tuple[dict, dict] = ({}, {})
+        for index, entry in state_dict["state"].items():
+            states[index >= first][index - first if index >= first else index] = entry
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict({**part.state_dict(), "state": state})
+
+
+def position_ids(bucket: Bucket, text_length: int) -> tuple[Tensor, Tensor]:
+    """FluxPipeline's img_ids (T, 3) (0, row, column) and txt_ids (L, 3) of zeros."""
+    rows, columns = bucket.height // PATCH, bucket.width // PATCH
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, torch.device("cpu"), torch.float32)
+    return image_ids, torch.zeros(text_length, 3)
+
+
+def training_sigmas(batch_size: int, bucket: Bucket, generator: torch.Generator) -> Tensor:
+    """sigma = sigmoid(n + 0.3 + ln sqrt(T / 64)), n normal: (B,). Larger pictures need more noise to hide
+    the same."""
+    mu = 0.3 + 0.5 * np.log(bucket.num_tokens / 64)
+    return torch.sigmoid(torch.randn(batch_size, generator=generator) + mu)
+
+
+def text_length_of(bucket: Bucket, rng: np.random.Generator) -> int:
+    """Text tokens of a step: the pipeline's 64, or fewer where captions are short, which is cheaper to train
+    on.
+
+    Padding is not masked in FLUX; as its length varies here, the model learns to take nothing from it.
+    """
+    short = bucket.people[2:] == () and rng.random() < 0.85
+    return SHORT_TEXT if short else text.MAX_TEXT_TOKENS
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Trainer:
+    """Model, its average, optimisers and data of a run; `step` does one step."""
+
+    def __init__(self, data: LatentPictures, models: TextModels, seed: int, tokens_per_step: int) -> None:
+        torch.manual_seed(seed)
+        self.data, self.models, self.seed, self.tokens_per_step = data, models, seed, tokens_per_step
+        self.model = FluxTransformer2DModel(**transformer_config(data.vae.config.latent_channels))
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizers = Optimizers(self.model)
+        self.empty_ids = models.token_ids([""])[0]
+
+    def step(self, step: int, learning_rate: float, average_decay: float) -> float:
+        """One optimiser step; everything random follows from (seed, step). Returns the loss."""
+        rng, generator = step_rng(self.seed, step)
+        # 1. A batch of one size, captions dropped here and there.
+        buckets = list(SHARES)
+        bucket = buckets[int(rng.choice(len(buckets), p=bucket_shares(step)))]
+        if not self.data.shards[bucket]:
+            bucket = pictures.PORTRAIT
+        batch_size = batch_size_of(bucket, self.tokens_per_step)
+        latents, token_ids = self.data.draw(bucket, batch_size, rng)
+        dropped = torch.from_numpy(rng.random(batch_size) < TEXT_DROPOUT)
+        token_ids = torch.where(dropped[:, None], self.empty_ids, token_ids)
+        text_length = text_length_of(bucket, rng)
+        states, pooled = self.models.encode(token_ids, text_length)
+        # 2. Noise.
+        noise = torch.randn(latents.shape, generator=generator)
+        sigma = training_sigmas(batch_size, bucket, generator)
+        noisy_latents = flow.noisy_latents(latents, noise, sigma)
+        # 3. The velocity and its error.
+        image_ids, text_ids = position_ids(bucket, text_length)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = self.model(
+                hidden_states=noisy_latents,
+                encoder_hidden_states=states,
+                pooled_projections=pooled,
+                timestep=sigma,
+                img_ids=image_ids,
+                txt_ids=text_ids,
+                return_dict=False,
+            )[0]
+        loss = (velocity.float() - flow.velocity(latents, noise)).pow(2).mean()
+        # 4. The step.
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizers.param_groups:
+            group["lr"] = learning_rate
+        self.optimizers.step()
+        update_average(self.average, self.model, average_decay)
+        return loss.item()
+
+    def loop(self, folder: Path, steps: int, name: str) -> TrainingLoop:
+        """The resumable loop over this trainer's state."""
+        config = {"part": name, "seed": self.seed, "tokens_per_step": self.tokens_per_step}
+        loop = TrainingLoop(
+            folder, OPEN_END, {"transformer": self.model, "average": self.average}, self.optimizers, config
+        )
+        loop.steps = steps
+        return loop
+
+
+def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float], first: int,
+             every: Callable[[int], None]) -> None:  # fmt: skip
+    """Trains until the loop's last step. `rate`: a step's learning rate; `first`: data's number of the
+    loop's step 0.
+
+    A SIGTERM or ctrl-c saves a checkpoint before it ends the run.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        for step in loop:
+            if step % 100 == 0:
+                trainer.data.refresh()
+            decay = min(0.998, (1 + first + step) / (10 + first + step))
+            loss = trainer.step(first + step, rate(step), decay)
+            loop.log(loss=loss)
+            every(step + 1)
+    except KeyboardInterrupt:
+        loop.save()
+        raise SystemExit(f"stopped at step {loop.step}; the same command goes on from there") from None
+
+
+# Measuring
+
+
+@torch.no_grad()
+def held_out_errors(
+    model: FluxTransformer2DModel, data: LatentPictures, count: int = 48
+) -> dict[str, dict[str, float]]:
+    """Mean squared error of the velocity at SIGMAS for the main buckets, always on the same pictures and
+    noise."""
+    model.eval()
+    result: dict[str, dict[str, float]] = {}
+    for name, bucket in (
+        ("one person", pictures.PORTRAIT),
+        ("two", pictures.PAIR),
+        ("groups", pictures.GROUP),
+    ):
+        size = max(8, count * 64 // bucket.num_tokens)
+        latents, token_ids = data.draw(bucket, size, np.random.default_rng(0))
+        states, pooled = data.models.encode(token_ids, text.MAX_TEXT_TOKENS)
+        image_ids, text_ids = position_ids(bucket, text.MAX_TEXT_TOKENS)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        result[name] = {}
+        for sigma in SIGMAS:
+            with torch.autocast("cpu", torch.bfloat16):
+                velocity = model(
+                    hidden_states=flow.noisy_latents(latents, noise, sigma),
+                    encoder_hidden_states=states,
+                    pooled_projections=pooled,
+                    timestep=torch.full((size,), sigma),
+                    img_ids=image_ids,
+                    txt_ids=text_ids,
+                    return_dict=False,
+                )[0]
+            error = (velocity.float() - flow.velocity(latents, noise)).pow(2).mean()
+            result[name][f"sigma {sigma}"] = round(float(error), 4)
+    model.train()
+    return result
+
+
+@torch.no_grad()
+def sample(
+    model: FluxTransformer2DModel,
+    vae: PatchAutoencoder,
+    models: TextModels,
+    captions: list[str],
+    bucket: Bucket,
+    steps: int = 20,
+    guidance: float = 2.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Pictures (N, H, W, 3) uint8 for captions, with true guidance: what FluxPipeline does, in one batch."""
+    size = len(captions)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, vae.config.latent_channels, bucket.height // 8, bucket.width // 8)
+    latents = pack(torch.randn(shape, generator=generator))
+    states, pooled = models.encode(models.token_ids([*captions, *[""] * size]), text.MAX_TEXT_TOKENS)
+    image_ids, text_ids = position_ids(bucket, text.MAX_TEXT_TOKENS)
+    sigmas = [*flow.schedule_sigmas(steps, scheduler_mu(bucket.num_tokens)).tolist(), 0.0]
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = model(
+                hidden_states=torch.cat([latents, latents]),
+                encoder_hidden_states=states,
+                pooled_projections=pooled,
+                timestep=torch.full((2 * size,), sigma),
+                img_ids=image_ids,
+                txt_ids=text_ids,
+                return_dict=False,
+            )[0].float()
+        told, untold = velocity.chunk(2)
+        latents = latents + (following - sigma) * (untold + guidance * (told - untold))
+    unpacked = FluxPipeline._unpack_latents(latents, bucket.height, bucket.width, 8)
+    x = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
+    return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def sample_sheet(trainer: Trainer, folder: Path, captions: Mapping[Bucket, list[str]], path: Path) -> None:
+    """Rows of pictures of the world (held-out people) and, under each row, samples of their captions."""
+    rows = []
+    trainer.average.eval()
+    for bucket, told in captions.items():
+        paths = [
+            path
+            for path in pictures.shard_paths(folder, "validation")
+            if pictures.bucket_of(int(path.stem.split("_")[1])) == bucket
+        ]
+        real = pictures.read_shard(paths[0], "pixels")[0]["pixels"][: len(told)]
+        made = sample(trainer.average, trainer.data.vae, trainer.models, told, bucket)
+        for start in range(0, len(told), 1152 // bucket.width):
+            stop = start + 1152 // bucket.width
+            for row in (real[start:stop], made[start:stop]):
+                joined = np.concatenate(list(row), axis=1)
+                rows.append(np.pad(joined, ((0, 0), (0, max(0, 1152 - joined.shape[1])), (0, 0)))[:, :1152])
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def sheet_captions(folder: Path) -> dict[Bucket, list[str]]:
+    """Captions of the first validation pictures of the three main buckets."""
+    result = {}
+    for bucket, count in ((pictures.PORTRAIT, 18), (pictures.PAIR, 6), (pictures.GROUP, 4)):
+        for path in pictures.shard_paths(folder, "validation"):
+            if pictures.bucket_of(int(path.stem.split("_")[1])) == bucket:
+                result[bucket] = [both[0] for both in pictures.read_shard(path, "setting")[1][:count]]
+                break
+    return result
+
+
+# Export
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX's scheduler; its line for mu goes through the miniature's own token counts."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=64,
+        max_image_seq_len=256,
+        base_shift=0.4,
+        max_shift=0.9,
+    )
+
+
+def scheduler_mu(num_tokens: int) -> float:
+    """The mu that FluxPipeline computes from `scheduler()` for a number of tokens."""
+    return 0.4 + (0.9 - 0.4) * (num_tokens - 64) / (256 - 64)
+
+
+def export(model: FluxTransformer2DModel, out: Path) -> None:
+    """Writes transformer and scheduler into a pipeline folder, in half precision."""
+    copied = FluxTransformer2DModel(**transformer_config(model.config.in_channels // 4))
+    copied.load_state_dict(model.state_dict())
+    copied.to(torch.bfloat16).save_pretrained(out / "transformer")
+    scheduler().save_pretrained(out / "scheduler")
+
+
+# Command
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_part_arguments(parser, "base", steps=20000)
+    parser.add_argument(
+        "--cooldown", type=int, default=6000, help="steps of the branch with falling learning rate"
+    )
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--tokens-per-step", type=int, default=2048, help="image tokens a step: 32 portraits")
+    parser.add_argument("--pictures", type=Path, default=RUNS / "pictures", help="picture shards")
+    parser.add_argument(
+        "--sheet-steps", type=int, default=500, help="steps between sheets, errors and exports"
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    start_part(args)
+    # Plain products in bf16 are faster on a CPU than the fused attention at these sizes.
+    torch.backends.cuda.enable_flash_sdp(False)
+    models = TextModels.from_pretrained(args.pretrained)
+    vae = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32).eval()
+    cache = args.out / "latents"
+    data = LatentPictures(args.pictures, cache, "train", vae, models)
+    held_out = LatentPictures(args.pictures, cache, "validation", vae, models)
+    captions = sheet_captions(args.pictures)
+    trainer = Trainer(data, models, args.seed, args.tokens_per_step)
+
+    def watch(offset: int) -> Callable[[int], None]:
+        def every(step: int) -> None:
+            if step % args.sheet_steps:
+                return
+            errors = held_out_errors(trainer.average, held_out)
+            line = json.dumps({"step": offset + step, **errors})
+            with (args.out / "errors.jsonl").open("a") as file:
+                file.write(line + "\n")
+            logger.info("held-out velocity error: %s", line)
+            sample_sheet(trainer, args.pictures, captions, args.out / f"sheet_{offset + step:06d}.png")
+            export(trainer.average, args.pretrained)
+
+        return every
+
+    peak = args.learning_rate
+    trunk = trainer.loop(args.out / "trunk", args.steps, "base, trunk")
+    run_loop(trainer, trunk, lambda step: peak * min(1.0, (step + 1) / 100), 0, watch(0))
+    branch = trainer.loop(args.out / f"branch_{args.steps}", args.cooldown, "base, branch")
+    run_loop(
+        trainer,
+        branch,
+        lambda step: peak * (1 - step / args.cooldown),
+        args.steps,
+        watch(args.steps),
+    )
+    export(trainer.average, args.pretrained)
+    write_figures(
+        args.pretrained,
+        "base",
+        {
+            "held_out_velocity_error": held_out_errors(trainer.average, held_out, 256),
+            "steps": args.steps + args.cooldown,
+            "training_hours": round((trunk.elapsed + branch.elapsed) / 3600, 2),
+        },
+    )
+
+
+COMMANDS = {"base": (_add_arguments, _run)}

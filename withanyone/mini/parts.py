@@ -1,0 +1,49 @@
+"""What the commands that train the miniature's parts share: arguments, folders, figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from . import PRETRAINED
+
+logger = logging.getLogger(__name__)
+
+RUNS = Path("runs/mini")
+
+
+def add_part_arguments(parser: argparse.ArgumentParser, part: str, steps: int) -> None:
+    """--out, --pretrained, --steps, --seed and --threads, the same for every part that is trained."""
+    parser.add_argument(
+        "--out", type=Path, default=RUNS / part, help="checkpoints; the same command resumes there"
+    )
+    parser.add_argument("--pretrained", type=Path, default=PRETRAINED, help="pipeline folder to export into")
+    parser.add_argument("--steps", type=int, default=steps, help="length of the whole run (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def start_part(args: argparse.Namespace) -> None:
+    """Sets the number of threads and makes the folder of the run."""
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    return " ".join(["python -m withanyone.mini", *sys.argv[1:]])
+
+
+def write_figures(pretrained: Path, part: str, figures: Mapping[str, object]) -> None:
+    """Prints a part's held-out figures and keeps them beside the weights, with the command that gave them."""
+    path = Path(pretrained) / "figures" / f"{part}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"command": command_line(), **figures}, indent=2)
+    path.write_text(text + "\n")
+    logger.info("%s", text)
