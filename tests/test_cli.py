@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
 from tests import tiny_faces
 from withanyone.cli import main
+from withanyone.mini import gallery
 from withanyone.settings import MARK, read_settings, save_picture, slider_positions
 
 
@@ -195,6 +197,38 @@ def test_draw_writes_different_pictures_of_one_person(tmp_path, capsys) -> None:
     assert not np.array_equal(pixels(tmp_path / "person_1.png"), pixels(tmp_path / "person_2.png"))
     assert main(["draw", "-1", "--out", str(tmp_path / "person.png")]) == 2
     assert "number" in capsys.readouterr().err
+
+
+@pytest.fixture
+def miniature(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Run `withanyone generate` with no model named: the bundled miniature, two steps."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        out = ["--out", tmp_path / "out.png", "--device", "cpu", "--quiet", "--steps", 2, "--seed", 0]
+        return main([str(part) for part in ["generate", *out, *arguments]]), capsys.readouterr().err
+
+    return run
+
+
+def test_the_miniature_makes_two_drawn_people_and_names_words_it_does_not_know(miniature, tmp_path) -> None:
+    main(["draw", "1", "--photos", "2", "--out", str(tmp_path / "a.png")])
+    main(["draw", "2", "--out", str(tmp_path / "b.png")])
+    faces = ["--face", tmp_path / "a_1.png", tmp_path / "a_2.png", "--face", tmp_path / "b.png"]
+    code, complaint = miniature(*faces, "--prompt", "two people on a zeppelin")
+    assert (
+        code == 0
+        and "zeppelin" in complaint
+        and "people" not in complaint.split("zeppelin")[0].split(":")[-1]
+    )
+    assert pixels(tmp_path / "out.png").shape == (192, 192, 3)
+    assert read_settings(tmp_path / "out.png")["model"] == "miniature"
+
+
+def test_the_miniature_answers_the_photo_of_a_real_person_with_what_to_do(miniature, tmp_path) -> None:
+    Image.fromarray(skimage.data.astronaut()).save(tmp_path / "real.png")
+    code, complaint = miniature("--face", tmp_path / "real.png", "--prompt", "a smiling person")
+    assert code == 2 and "no face found" in complaint and gallery.NOTICE in complaint
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_help_needs_no_heavy_package() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,31 @@ def test_the_released_adapter_is_what_the_example_loads(flux_files) -> None:
     given = FaceAdapter.from_single_file(flux_files["--adapter"])
     assert loaded.face_adapter.config.inner_dim == given.config.inner_dim == 64
     assert loaded.face_analyzer.crop_size == 512 and loaded.transformer.config.num_layers == tiny.NUM_LAYERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "example, size",
+    [
+        (one_face, (128, 128)),
+        (two_faces_in_boxes, (256, 192)),
+        (several_photos, (128, 128)),
+        (with_lora, (128, 128)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_as_it_stands_on_the_miniature(example, size, tmp_path) -> None:
+    """Nothing given but where to write: drawn people, the bundled model."""
+    picture = run(example, tmp_path / "out.png")
+    assert picture.shape == (size[1], size[0], 3)
+    assert picture.std() > 15  # a picture, not a grey
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme(tmp_path, monkeypatch) -> None:
+    """The five lines of Python under "Try it", as they stand."""
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", text, flags=re.S).group(1)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert pixels(tmp_path / "beach.png").std() > 15
