@@ -40,6 +40,7 @@ def test_values_get_their_settings_type_whatever_yaml_makes_of_them(tmp_path):
         ({"buckets": [[64]]}, "buckets"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing"),
         ({"count_prompts": ["one"]}, "count_prompts"),
+        ({"shards": "hf://datasets/a/b"}, "cache_dir"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(values, named):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -200,6 +201,22 @@ def test_an_unreadable_record_is_replaced_by_another_of_its_size_and_counted(tmp
     item = next(plan.item(n) for n in range(12) if plan.item(n).index == victim)
     example = dataset[item]
     assert example.bad == ["bad_image"] and example.position == item.position
+
+
+def test_shards_may_lie_on_any_file_system(tmp_path):
+    """A stand-in for the Hub: fsspec's file system in memory."""
+    root = tw.write_shards(tmp_path / "s", records=6)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(root), "/hub", recursive=True)
+    streams = []
+    for shards, cache in ((str(root), "local"), ("memory://hub", "remote")):
+        values = tw.settings(root, tmp_path / "out", paired_ratio=0.5)
+        config = make_config({**values, "shards": shards, "cache_dir": str(tmp_path / cache)})
+        dataset = TrainDataset(*open_data(config), config, crop_size=64)
+        streams.append(list(islice(make_loader(dataset, make_plan(dataset, config)), 4)))
+    for local, remote in zip(*streams, strict=True):
+        torch.testing.assert_close(local.pixel_values, remote.pixel_values)
+        torch.testing.assert_close(local.embeddings, remote.embeddings)
 
 
 def test_too_many_damaged_records_stop_the_run(tmp_path):

@@ -151,6 +151,17 @@ def test_the_loss_of_a_batch_is_that_of_the_written_out_formulas(world, tmp_path
     assert loss.item() == pytest.approx((v - (x0 - x1)).square().mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_on_one_batch_lower_each_of_its_losses(world, tmp_path, optimizer):
+    trainer = _trainer(world, tmp_path, optimizer=optimizer, id_loss_weight=1.0, max_train_steps=100,
+                       learning_rate=3e-3)  # fmt: skip
+    batch = _first_batch(trainer)
+    batch.uniform = torch.full((4,), 0.3)
+    logs = [trainer._optimizer_step(iter([batch])) for _ in range(12)]
+    for name in ("diffusion_loss", "id_loss", "id_contrastive_loss"):
+        assert logs[-1][name] < logs[0][name]
+
+
 def test_identity_gradients_reach_the_adapter_and_not_the_people_the_loss_does_not_see(
     world, tmp_path, monkeypatch
 ):

@@ -172,6 +172,11 @@ class TrainConfig:
                 f"`count_prompts` has {len(self.count_prompts)} entries for `max_faces` {self.max_faces}."
             )
 
+        if "://" in self.shards and not self.cache_dir:
+            raise ValueError(
+                f"`cache_dir` must be a local folder where `shards` is remote ({self.shards!r})."
+            )
+
     @property
     def uses_identity_losses(self) -> bool:
         return self.id_loss_weight > 0 or self.contrastive_loss_weight > 0
