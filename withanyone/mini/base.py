@@ -342,10 +342,14 @@ def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float],
     A SIGTERM or ctrl-c saves a checkpoint before it ends the run.
     """
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    signals: list[int] = []
 
-    signal.signal(signal.SIGTERM, interrupt)
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(
+            number
+        )  # the step in hand is finished first, or the run could not be continued exactly
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for step in loop:
             if step % 100 == 0:
@@ -354,9 +358,13 @@ def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float],
             loss = trainer.step(first + step, rate(step), decay)
             loop.log(loss=loss)
             every(step + 1)
-    except KeyboardInterrupt:
-        loop.save()
-        raise SystemExit(f"stopped at step {loop.step}; the same command goes on from there") from None
+            if signals:
+                loop.step = step + 1
+                loop.save()
+                raise SystemExit(f"stopped after {loop.step} steps; the same command goes on from there")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # Measuring

@@ -52,6 +52,8 @@ COMPONENTS = {
     "face_adapter": FaceAdapter,
     "face_analyzer": FaceAnalyzer,
 }
+#: The file that a component's folder gets last, where it is made by several commands.
+LAST_FILES = {"face_analyzer": "recognition.onnx"}
 #: Parts without which the folder still is a pipeline, of pictures without chosen people.
 FACE_PARTS = ("image_encoder", "feature_extractor", "face_adapter", "face_analyzer")
 
@@ -64,11 +66,11 @@ def assemble(folder: Path = PRETRAINED) -> WithAnyonePipeline:
     """
     loaded = {}
     for name, kind in COMPONENTS.items():
-        if (folder / name).is_dir() and any((folder / name).iterdir()):
+        if (folder / name / LAST_FILES.get(name, "")).exists():
             loaded[name] = kind.from_pretrained(folder / name)
         elif name not in FACE_PARTS:
             raise ValueError(
-                f"`folder` {folder} has no {name}: run `python -m withanyone.mini build`, which makes all parts."
+                f"`folder` {folder} has no {name}: `python -m withanyone.mini build` makes all parts."
             )
         else:
             logger.warning("%s has no %s yet: the pipeline is assembled without", folder, name)

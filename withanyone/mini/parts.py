@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from . import PRETRAINED
 
@@ -47,3 +48,16 @@ def write_figures(pretrained: Path, part: str, figures: Mapping[str, object]) ->
     text = json.dumps({"command": command_line(), **figures}, indent=2)
     path.write_text(text + "\n")
     logger.info("%s", text)
+
+
+def save_half(model: PreTrainedModel, folder: Path) -> None:
+    """Saves a transformers model in half precision, to be loaded in full unless a dtype is asked for.
+
+    transformers takes the dtype from the config, diffusers float32: a pipeline needs both to be the same.
+    """
+    copied = type(model)(model.config)
+    copied.load_state_dict(model.state_dict())
+    copied.half().save_pretrained(folder)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2) + "\n")

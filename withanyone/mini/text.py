@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 from . import words, world
 from .loop import TrainingLoop, learning_rate, step_rng
-from .parts import add_part_arguments, start_part, write_figures
+from .parts import add_part_arguments, save_half, start_part, write_figures
 
 logger = logging.getLogger(__name__)
 
@@ -385,9 +385,7 @@ def export(encoders: TextEncoders, out: Path) -> None:
     tokenizer.save_pretrained(out / "tokenizer")
     tokenizer.save_pretrained(out / "tokenizer_2")
     for name, model in (("text_encoder", encoders.clip), ("text_encoder_2", encoders.t5)):
-        copy = type(model)(model.config)
-        copy.load_state_dict(model.state_dict())
-        copy.to(torch.float16).save_pretrained(out / name)
+        save_half(model, out / name)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

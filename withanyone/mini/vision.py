@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from withanyone.layout import square_crop_box
+from withanyone.faces import crop_face
 
 from . import text, words, world
 from .latents import to_tensor
 from .loop import TrainingLoop, learning_rate, step_rng
-from .parts import RUNS, add_part_arguments, start_part, write_figures
+from .parts import RUNS, add_part_arguments, save_half, start_part, write_figures
 from .pictures import read_shard, shard_paths
 
 logger = logging.getLogger(__name__)
@@ -57,9 +57,7 @@ def vision_config() -> SiglipVisionConfig:
 def face_crop(image: np.ndarray, bbox: Sequence[float], size: int = IMAGE_SIZE) -> np.ndarray:
     """The square around a face as the pipeline cuts it: (H, W, 3) uint8 and xyxy pixels -> (size, size, 3)
     uint8."""
-    box = square_crop_box(bbox, image.shape[1], image.shape[0])
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(resized)
+    return np.asarray(crop_face(Image.fromarray(image), bbox, size))
 
 
 @dataclass
@@ -301,9 +299,7 @@ def retrieval_figures(
 
 def export(encoder: SiglipVisionModel, out: Path) -> None:
     """Writes the encoder and its processor into a pipeline folder, in half precision."""
-    copy = SiglipVisionModel(encoder.config)
-    copy.load_state_dict(encoder.state_dict())
-    copy.to(torch.float16).save_pretrained(out / "image_encoder")
+    save_half(encoder, out / "image_encoder")
     SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(
         out / "feature_extractor"
     )
