@@ -21,6 +21,7 @@ def test_records_hold_what_the_pictures_shard_holds(tmp_path):
         """Embeddings are not the point here."""
 
         stamp = ""
+        made: dict = {}
 
         def embed(self, image, kps):
             return np.ones((len(kps), 512), np.float32)

@@ -262,7 +262,7 @@ class _Pack:
     """Stands for a face pack: finds `boxes` everywhere; an embedding repeats the left eye's x."""
 
     def __init__(self, boxes, stamp="one"):
-        self.boxes, self.stamp, self.detections = boxes, stamp, 0
+        self.boxes, self.stamp, self.detections, self.made = boxes, stamp, 0, {}
 
     def detect(self, image):
         self.detections += 1

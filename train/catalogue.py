@@ -135,7 +135,9 @@ def _read_parts(members: dict[str, Member], path: str, reader: ShardReader) -> d
     return {p: reader.read(path, members[p].offset, members[p].size) for p in PARTS if p in members}
 
 
-def _complete(sides: dict[str, Any], image: bytes, pack: PackReader | None) -> tuple[np.ndarray, np.ndarray]:
+def _complete(
+    sides: dict[str, Any], image: bytes, pack: PackReader | None, where: tuple[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks (N, 5, 2) and embeddings (N, 512) of a record's faces: its own, else by `pack`.
 
     NaN landmarks where none were found. `BadRecord` where an embedding is missing and cannot be made, or the
@@ -147,6 +149,8 @@ def _complete(sides: dict[str, Any], image: bytes, pack: PackReader | None) -> t
         if rows is None:
             raise BadRecord("missing_embeddings")
         return np.full((len(rows), 5, 2), np.nan, np.float32) if kps is None else kps, rows
+    if where in pack.made:
+        return pack.made[where]
     picture = decode_image(image)
     if kps is None:
         kps = match_landmarks(sides["bboxes"], *pack.detect(picture))
@@ -154,6 +158,7 @@ def _complete(sides: dict[str, Any], image: bytes, pack: PackReader | None) -> t
         if not np.isfinite(kps).all():
             raise BadRecord("missing_embeddings", "a face was not found")
         rows = pack.embed(picture, kps)
+    pack.made[where] = kps, rows
     return kps, rows
 
 
@@ -191,7 +196,7 @@ def build_catalogue(
                 names = sides["names"] or [""] * len(sides["bboxes"])
                 if paired and known_names is not None and not known_names.issuperset(names):
                     raise BadRecord("name_without_references", ", ".join(set(names) - known_names))
-                kps, embeddings = _complete(sides, parts["image"], pack)
+                kps, embeddings = _complete(sides, parts["image"], pack, (path, key))
             except BadRecord as error:
                 logger.debug("%s: %s: %s", path, key, error)
                 bad[error.reason] += 1

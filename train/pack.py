@@ -22,6 +22,8 @@ class PackReader:
         for path in (analyzer.detection_path, analyzer.recognition_path):
             digest.update(Path(path).read_bytes())
         self.stamp = digest.hexdigest()[:16]
+        # (shard, key) -> landmarks and embeddings: a record may be in two catalogues that are built in turn
+        self.made: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
 
     def detect(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (M, 4) and landmarks (M, 5, 2) of the faces found."""
