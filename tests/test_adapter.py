@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
+from diffusers.hooks import apply_first_block_cache
 
 from tests import reference, tiny
 from withanyone import adapter as adapter_module
@@ -411,6 +412,12 @@ def test_a_cache_that_came_first_is_refused_with_the_remedy(adapter, transformer
     transformer.disable_cache()
     adapter.detach(transformer)
     assert not adapter.is_attached(transformer)
+
+
+def test_a_cache_applied_by_hand_is_refused_too(adapter, transformer):
+    apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=10.0))
+    with pytest.raises(ValueError, match="remove the hooks on its blocks"):
+        adapter.attach(transformer)
 
 
 def test_compilation_that_came_first_is_refused(adapter, transformer):

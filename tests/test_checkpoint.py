@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import reference
+from tests.hub_store import HubStore
 from withanyone.adapter import FaceAdapter
 
 WIDTH, BLOCKS, HEADS, FEATURES = 48, 3, 2, 20
@@ -252,3 +253,12 @@ def test_a_folder_of_one_branch_out_and_in(tmp_path, state):
     again = FaceAdapter.from_pretrained(tmp_path / "adapter", torch_dtype=torch.bfloat16)
     assert again.branches == ("sig",)
     assert_same(again.state_dict(), adapter.state_dict())
+
+
+def test_the_hub_and_back_is_bit_equal(tmp_path, state, monkeypatch):
+    store = HubStore(tmp_path / "hub", monkeypatch)
+    adapter = FaceAdapter.from_single_file(write(tmp_path, state))
+    adapter.push_to_hub("someone/adapter")
+    assert {"config.json", "diffusion_pytorch_model.safetensors"} <= set(store.files("someone/adapter"))
+    again = FaceAdapter.from_pretrained("someone/adapter", torch_dtype=torch.bfloat16)
+    assert_same(again.state_dict(), state)

@@ -388,6 +388,10 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         and its state dict keeps its keys. Attaching again changes nothing; attaching another adapter replaces
         the first.
 
+        Compiled blocks (`compile_repeated_blocks`) are reused by pictures of the same kind. One face or
+        several, boxes apart or overlapping, one branch or both are kinds of their own and compile anew, about
+        three graphs each: raise `torch._dynamo.config.recompile_limit` (8) where a process sees several.
+
         Raises:
             ValueError: an unknown transformer, one of another width or number of blocks, or one whose blocks
                 were already compiled or cached (attach first: hooks added later are ignored or run in the
@@ -540,10 +544,11 @@ def _attached_hooks(transformer: nn.Module) -> list[FaceHook | None]:
 
 
 def _check_attachable(transformer: nn.Module) -> None:
-    if getattr(transformer, "is_cache_enabled", False):
+    if getattr(transformer, "is_cache_enabled", False) or _has_skipping_hooks(transformer):
         raise ValueError(
             "A cache is enabled on the `transformer`, and an adapter attached after it would act on skipped "
-            "steps; call `transformer.disable_cache()`, attach, and enable the cache again."
+            "steps; call `transformer.disable_cache()` (or remove the hooks on its blocks), attach, and "
+            "enable the cache again."
         )
     if _is_compiled(transformer):
         raise ValueError(
@@ -553,15 +558,23 @@ def _check_attachable(transformer: nn.Module) -> None:
 
 
 def _check_detachable(transformer: nn.Module) -> None:
-    if getattr(transformer, "is_cache_enabled", False):
+    if getattr(transformer, "is_cache_enabled", False) or _has_skipping_hooks(transformer):
         raise ValueError(
-            "A cache is enabled over the adapter; call `transformer.disable_cache()`, then `detach`."
+            "A cache is enabled over the adapter; call `transformer.disable_cache()` (or remove the hooks on "
+            "its blocks), then `detach`."
         )
     if _is_compiled(transformer):
         raise ValueError(
             "The `transformer` was compiled with the adapter, so it cannot be detached; calls without faces "
             "give the base's output already."
         )
+
+
+def _has_skipping_hooks(transformer: nn.Module) -> bool:
+    """True where another hook decides whether a block runs: a cache applied without `enable_cache`."""
+    registries = (getattr(block, "_diffusers_hook", None) for block, _ in transformer_blocks(transformer))
+    hooks = (item for registry in registries if registry is not None for item in registry.hooks.items())
+    return any(name != HOOK_NAME and hasattr(hook, "new_forward") for name, hook in hooks)
 
 
 def _is_compiled(transformer: nn.Module) -> bool:
