@@ -268,59 +268,58 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
         if studio.miniature:
             add_drawn_people(photos)
 
-        prompt = gr.Textbox(
-            label="Prompt",
-            lines=2,
-            max_length=MAX_PROMPT,
-            placeholder="What the picture shows",
-            value=gallery.PROMPTS[2][0] if studio.miniature else FLUX_PROMPTS[0],
-        )
-        words = gr.Markdown(container=False)
-        examples = (
-            [text for texts in gallery.PROMPTS.values() for text in texts]
-            if studio.miniature
-            else FLUX_PROMPTS
-        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3):
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    lines=3,
+                    max_length=MAX_PROMPT,
+                    placeholder="What the picture shows",
+                    value=gallery.PROMPTS[2][0] if studio.miniature else FLUX_PROMPTS[0],
+                )
+                words = gr.Markdown(container=False)
+                similarity_slider = slider(
+                    0,
+                    1.5,
+                    similarity,
+                    step=0.05,
+                    label="Similarity: how much the faces count",
+                    info="0: not at all · 1: as the model was trained · 1.5: more than that",
+                )
+                diversity_slider = slider(
+                    0,
+                    1,
+                    diversity,
+                    step=0.05,
+                    label="Diversity: what may change",
+                    info="0: little, the photo's hair, expression and style stay · 1: all but who it is",
+                )
+                with gr.Accordion("More settings", open=False):
+                    shape = gr.Radio(list(FLUX_SIZES), value="square", label="Shape")
+                    steps = slider(1, MAX_STEPS, defaults["num_inference_steps"], step=1, label="Steps")
+                    guidance = slider(
+                        1,
+                        10,
+                        defaults[studio.guidance_name],
+                        step=0.1,
+                        label="Guidance: how closely to follow the words",
+                    )
+                    boxes = gr.Textbox(
+                        label="Boxes of the faces (optional)",
+                        placeholder="[[x1, y1, x2, y2], ...] in pixels, one for each person",
+                        max_length=MAX_PROMPT,
+                    )
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, min_width=120)
+                    new_seed = gr.Checkbox(True, label="A new seed each time", min_width=120)
+            with gr.Column(scale=4):
+                result = gr.Image(label="Picture", type="pil", format="png", height=480, interactive=False)
+                said = gr.Markdown(container=False)
+                make = gr.Button("Make the picture", variant="primary")
+        examples = FLUX_PROMPTS
+        if studio.miniature:
+            examples = [text for texts in gallery.PROMPTS.values() for text in texts]
         gr.Examples([[text] for text in examples], [prompt], label="Prompts to try", api_visibility="private")
-
-        with gr.Row():
-            similarity_slider = slider(
-                0,
-                1.5,
-                similarity,
-                step=0.05,
-                label="Similarity: how much the faces count",
-                info="0: not at all · 1: as the model was trained · 1.5: more than that",
-            )
-            diversity_slider = slider(
-                0,
-                1,
-                diversity,
-                step=0.05,
-                label="Diversity: what may change",
-                info="0: little, the photo's hair, expression and style stay · 1: all but who it is",
-            )
-        with gr.Accordion("More settings", open=False), gr.Row():
-            shape = gr.Radio(list(FLUX_SIZES), value="square", label="Shape")
-            steps = slider(1, MAX_STEPS, defaults["num_inference_steps"], step=1, label="Steps")
-            guidance = slider(
-                1,
-                10,
-                defaults[studio.guidance_name],
-                step=0.1,
-                label="Guidance: how closely to follow the words",
-            )
-            boxes = gr.Textbox(
-                label="Boxes of the faces (optional)",
-                placeholder="[[x1, y1, x2, y2], ...] in pixels, one for each person",
-                max_length=MAX_PROMPT,
-            )
-        with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0)
-            new_seed = gr.Checkbox(True, label="A new seed for each picture")
-            make = gr.Button("Make the picture", variant="primary")
-        result = gr.Image(label="Picture", type="pil", format="png", height=512, interactive=False)
-        said = gr.Markdown(container=False)
 
         # -- what happens ----------------------------------------------------------------------------------
 
@@ -377,19 +376,21 @@ def build_demo(pipe: WithAnyonePipeline | None = None, studio: Studio | None = N
 def add_drawn_people(photos: list[gr.Image]) -> None:
     """The miniature's gallery and "make a person": each click fills the next free place."""
     cast = list(gallery.CAST.items())
-    with gr.Accordion("Drawn people to choose from", open=True):
+    with gr.Accordion("Drawn people: a click puts one into the next free place", open=True):
         shown = gr.Gallery(
             [(gallery.draw_photo(number, size=128), name) for name, number in cast],
-            label="Choose: a click puts the person into the next free place",
-            columns=6,
-            height=260,
+            label="Drawn people to choose from",
+            show_label=False,
+            columns=len(cast),
+            rows=1,
+            height="auto",
             allow_preview=False,
             buttons=[],
             format="png",
         )
         with gr.Row():
-            number = gr.Number(100, label="Make a person: any number is somebody", precision=0, minimum=0)
-            again = gr.Number(0, label="Which photo of that person", precision=0, minimum=0)
+            number = gr.Number(100, label="Make a person: each number is one", precision=0, minimum=0)
+            again = gr.Number(0, label="Photo of that person", precision=0, minimum=0)
             draw = gr.Button("Draw this person")
             dice = gr.Button("Draw anybody")
 
