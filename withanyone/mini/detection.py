@@ -380,7 +380,7 @@ class DetectorSettings:
     batch_size: int = 12
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
-    sizes: tuple[int, ...] = (192, 256, 256)
+    sizes: tuple[int, ...] = (192, 256)
     seed: int = 0
 
 

@@ -96,8 +96,8 @@ def align_crop(image: np.ndarray, kps: np.ndarray) -> np.ndarray:
     return cv2.warpAffine(image, matrix, (CROP_SIZE, CROP_SIZE), borderValue=0.0)
 
 
-def trait_table(identities: Sequence[int]) -> np.ndarray:
-    """What makes up each identity, (N, T) float32; each column of mean 0 and variance 1 over these people."""
+def trait_rows(identities: Sequence[int]) -> np.ndarray:
+    """What makes up each identity, as numbers: (N, T) float32."""
     rows = []
     for number in identities:
         identity = make_identity(int(number))
@@ -105,8 +105,17 @@ def trait_table(identities: Sequence[int]) -> np.ndarray:
         marks = [(1.0, *mark) for mark in identity.moles] + [(0.0,) * 4] * (3 - len(identity.moles))
         marks.append((1.0, *identity.scar) if identity.scar else (0.0,) * 4)
         rows.append((*identity.traits.values(), *colors, *np.ravel(marks)))
-    table = np.array(rows, np.float32)
-    return (table - table.mean(0)) / (table.std(0) + 1e-6)
+    return np.array(rows, np.float32)
+
+
+def mirrored_traits(rows: np.ndarray) -> np.ndarray:
+    """Traits (N, T) of the people in mirrored pictures: what was left is right, all else as it was."""
+    names = list(make_identity(0).traits)
+    signs = np.ones(rows.shape[1], np.float32)
+    signs[[names.index(name) for name in names if name.endswith("_asymmetry")]] = -1
+    signs[[-15, -11, -7]] = -1  # where moles are, across the face
+    signs[[-3, -1]] = -1  # where the scar is, and its slope
+    return rows * signs
 
 
 @dataclass
@@ -221,6 +230,7 @@ def crops_of_shard(shard: Path, folder: Path) -> Path:
     partial.mkdir(parents=True)
     np.save(partial / "faces.npy", crops)
     np.save(partial / "identities.npy", arrays["identities"][shown])
+    np.save(partial / "traits.npy", trait_rows(arrays["identities"][shown]))
     partial.rename(target)
     return target
 
@@ -242,6 +252,7 @@ class FaceBank:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.identities = np.concatenate([np.load(folder / "identities.npy") for folder in folders])
+        self.traits = np.concatenate([np.load(folder / "traits.npy") for folder in folders])  # (N, T)
         self._parts = [np.load(folder / "faces.npy", mmap_mode="r") for folder in folders]
         self._starts = np.cumsum([0, *map(len, self._parts)])
 
@@ -271,7 +282,7 @@ def _render_round(job: tuple[FaceSet, int, bool]) -> int:
         shapes.append((*picture.image.shape[:2], len(picture.people)))
         if keep_pictures:
             pixels.append(picture.image.reshape(-1))
-    arrays = {"faces": np.stack(crops), "identities": np.array(identities)}
+    arrays = {"faces": np.stack(crops), "identities": np.array(identities), "traits": trait_rows(identities)}
     if keep_pictures:
         arrays |= {"pixels": np.concatenate(pixels), "shapes": np.array(shapes)}
         arrays |= {"bboxes": np.array(bboxes, np.float32), "kps": np.array(kps, np.float32)}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .faceset import CROP_SIZE, FACE_SIZE, FaceBank
+from .faceset import CROP_SIZE, FACE_SIZE, FaceBank, mirrored_traits
 from .loop import TrainingLoop, learning_rate, step_rng
 from .muon import MuonAdamW, hidden_matrices
 
@@ -130,42 +130,31 @@ def arcface_logits(cosines: Tensor, labels: Tensor, scale: float, margin: float)
     return scale * cosines.scatter(1, labels[:, None], shifted)
 
 
-class NamePrototypes(nn.Module):
-    """One learnt direction for every identity of the training set."""
-
-    def __init__(self, identities: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(identities, EMBEDDING_DIM) * 0.01)
-
-    def forward(self, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """labels (B,) -> directions to choose from (C, 512), and which is right (B,)."""
-        return self.weight, labels
-
-
 class TraitPrototypes(nn.Module):
     """A direction for every identity there could be, computed from the traits the renderer gave it.
 
     What is learnt is shared by all people, so a person seen in one picture teaches as much as one seen in
-    twenty.
+    twenty, and people never drawn serve as negatives.
 
     Args:
-        traits: (identities, T), each column of mean 0 and variance 1.
-        negatives: how many other identities each step tells the batch's apart from.
+        others: traits (M, T) of people to tell the batch's people apart from.
+        negatives: how many of them each step takes.
     """
 
-    def __init__(self, traits: np.ndarray, negatives: int = 2048) -> None:
+    def __init__(self, others: np.ndarray, negatives: int = 2048) -> None:
         super().__init__()
-        self.register_buffer("traits", torch.from_numpy(traits).float(), persistent=False)
-        self.negatives = negatives
-        first, second = nn.Linear(traits.shape[1], EMBEDDING_DIM), nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM)
+        self.register_buffer("others", torch.from_numpy(others).float(), persistent=False)
+        self.negatives = min(negatives, len(others))
+        first, second = nn.Linear(others.shape[1], EMBEDDING_DIM), nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM)
         self.network = nn.Sequential(first, nn.ReLU(), second)
 
-    def forward(self, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """As `NamePrototypes`: the batch's own identities and random others."""
-        own, right = labels.unique(return_inverse=True)
-        others = torch.from_numpy(rng.integers(0, len(self.traits), self.negatives))
-        others = others[~torch.isin(others, own)]
-        return self.network(self.traits[torch.cat([own, others])]), right
+    def forward(self, traits: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """traits (B, T) -> directions to choose from (C, 512), and which of them is each face's (B,)."""
+        own, right = torch.from_numpy(traits).float().unique(dim=0, return_inverse=True)
+        others = self.others[rng.choice(len(self.others), self.negatives, replace=False)]
+        others = others[(torch.cdist(others, own) > 1e-3).all(1)]
+        mean, deviation = self.others.mean(0), self.others.std(0) + 1e-6
+        return self.network((torch.cat([own, others]) - mean) / deviation), right
 
 
 # ---- what a face goes through on its way from a picture
@@ -175,7 +164,7 @@ def augment(crops: np.ndarray, rng: np.random.Generator) -> Tensor:
     """Crops with a margin (B, 128, 128, 3) uint8 -> faces (B, 3, 112, 112) in [-1, 1] as practice has them.
 
     Landmarks are a little off; pictures are small, soft from a decoder, compressed, of other light; something
-    may cover part of a face. Never mirrored: marks on one side are part of an identity.
+    may cover part of a face. Not mirrored: marks on one side are part of an identity.
     """
     faces = np.empty((len(crops), FACE_SIZE, FACE_SIZE, 3), np.float32)
     for crop, face in zip(crops, faces, strict=True):
@@ -307,50 +296,45 @@ LOGITS = {"cosface": cosface_logits, "arcface": arcface_logits}
 
 def train_recognizer(
     model: nn.Module,
-    crops: np.ndarray | FaceBank,
-    identities: np.ndarray,
-    validation: tuple[np.ndarray, np.ndarray],
+    bank_at: Callable[[int], FaceBank],
+    others: np.ndarray,
+    validation: FaceBank,
     folder: Path,
     settings: RecognizerSettings,
-    traits: np.ndarray | None = None,
 ) -> nn.Module:
     """Trains `model` to tell identities apart, and returns it in evaluation mode.
 
-    crops (N, 128, 128, 3) uint8, identities (N,) any labels; validation: the same of other people. With
-    traits (identities, T), in the order of the sorted labels, an identity's direction is computed from them,
-    else each identity has one of its own. Scale and margin rise over the first `warmup_share` of the steps.
-    `folder` holds the checkpoint; the same call again continues from it.
+    bank_at: step -> the faces to draw from at that step (they may grow). others: traits (M, T) of people to
+    be told from. Scale and margin rise over the first `warmup_share` of the steps. `folder` holds the
+    checkpoint; the same call again continues from it.
     """
-    names, labels = np.unique(identities, return_inverse=True)
     torch.manual_seed(settings.seed)
-    prototypes = NamePrototypes(len(names)) if traits is None else TraitPrototypes(traits)
+    prototypes = TraitPrototypes(others)
     model.to(memory_format=torch.channels_last).train()
     matrices = [*hidden_matrices(model), *hidden_matrices(prototypes)]
     taken = {id(parameter) for parameter in matrices}
     others = [p for p in (*model.parameters(), *prototypes.parameters()) if id(p) not in taken]
     rate, decay = settings.learning_rate, settings.weight_decay
     optimizer = MuonAdamW(matrices, others, rate, weight_decay=decay)
-    config = {**vars(settings), "faces": len(crops), "identities": len(names)}
+    config = vars(settings)
     modules = {"model": model, "prototypes": prototypes}
     loop = TrainingLoop(folder, settings.steps, modules, optimizer, config)
-    per_pass = len(crops) // settings.batch_size
-    passes: dict[int, np.ndarray] = {}
+    known, shown = validation[np.arange(len(validation))], validation.identities
     for step in loop:
         rng, _ = step_rng(settings.seed, step)
-        if step // per_pass not in passes:
-            order = np.random.default_rng((settings.seed, 1, step // per_pass)).permutation(len(crops))
-            passes = {step // per_pass: order}
-        start = step % per_pass * settings.batch_size
-        chosen = np.sort(passes[step // per_pass][start : start + settings.batch_size])
-        faces = augment(crops[chosen], rng)
-        target = torch.from_numpy(labels[chosen])
+        bank = bank_at(step)
+        chosen = rng.choice(len(bank), settings.batch_size, replace=False)
+        crops, traits = bank[chosen], bank.traits[chosen]
+        half = settings.batch_size // 2  # the other half are the people in the mirror
+        crops[:half], traits[:half] = crops[:half, :, ::-1], mirrored_traits(traits[:half])
+        faces = augment(crops, rng)
 
         rise = min(1.0, step / (settings.warmup_share * settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.learning_rate)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = model(faces)  # (B, 512)
-        directions, target = prototypes(target, rng)
+        directions, target = prototypes(traits, rng)
         cosines = F.linear(F.normalize(embeddings.float()), F.normalize(directions))  # (B, C)
         scale = settings.scale * (0.5 + 0.5 * rise)
         loss = F.cross_entropy(LOGITS[settings.loss](cosines, target, scale, settings.margin * rise), target)
@@ -362,11 +346,11 @@ def train_recognizer(
         loop.log(loss=loss.item(), accuracy=right)
         if (step + 1) % max(200, settings.steps // 10) == 0:
             model.eval()
-            embedded = embed_crops(model, validation[0])
+            embedded = embed_crops(model, known)
             model.train()
-            pairs = PairCosines.of(embedded, validation[1])
+            pairs = PairCosines.of(embedded, shown)
             logger.info("%s: validation after %d steps %s rank one %.3f", folder.name, step + 1,
-                        pairs.figures(pairs.best_threshold()), rank_one(embedded, validation[1]))  # fmt: skip
+                        pairs.figures(pairs.best_threshold()), rank_one(embedded, shown))  # fmt: skip
     return model.eval()
 
 
