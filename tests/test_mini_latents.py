@@ -99,7 +99,7 @@ def test_empty_pictures_are_refused():
 
 
 def test_refiner_training_resumes_exactly(vae, images, tmp_path):
-    pool = [np.stack(images)]
+    pools = [latents.PicturePool(np.stack(images), np.zeros((len(images), 4, 4), np.float32))]
 
     def train(folder, *step_counts):
         for steps in step_counts:
@@ -107,7 +107,7 @@ def test_refiner_training_resumes_exactly(vae, images, tmp_path):
             model = PatchAutoencoder(block_out_channels=(16,) * 4, layers_per_block=1)
             model.encoder.load_state_dict(vae.encoder.state_dict())
             model.decoder.load_state_dict(vae.decoder.state_dict())
-            latents.train_refiner(model, folder, pool, steps, batch_size=2)
+            latents.train_refiner(model, folder, pools, steps, batch_size=2)
         return model
 
     through = train(tmp_path / "a", 4)

@@ -1,4 +1,4 @@
-"""The image encoder: crops as the pipeline cuts them, truthful mirror images, probes that find what is there."""
+"""The image encoder: the pipeline's crops, truthful mirror images, probes that find what is there."""
 
 from functools import partial
 

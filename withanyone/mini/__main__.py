@@ -22,6 +22,7 @@ MODULES = {
     "latents": "latents",
     "image-encoder": "vision",
     "base": "base",
+    "guidance": "base",
     "recognizer": "facepack",
     "detector": "facepack",
     "judge": "facepack",

@@ -16,7 +16,7 @@ import copy
 import json
 import logging
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from withanyone import flow
+from withanyone.faces import FaceAnalyzer
 
 from . import pictures, text
 from .latents import PatchAutoencoder, to_tensor
@@ -110,6 +111,11 @@ class TextModels:
 # Data
 
 
+def bucket_of_path(path: Path) -> Bucket:
+    """The bucket of a shard's pictures, by its file's number."""
+    return pictures.bucket_of(int(path.stem.split("_")[1]))
+
+
 def pack(latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> FLUX tokens (B, h/2 * w/2, 4C), as FluxPipeline packs them."""
     batch, channels, height, width = latents.shape
@@ -165,7 +171,7 @@ class LatentPictures:
         for path in pictures.shard_paths(self.folder, self.split):
             if path.name not in self.seen:
                 self.seen.add(path.name)
-                bucket = pictures.bucket_of(int(path.stem.split("_")[1]))
+                bucket = bucket_of_path(path)
                 self.shards[bucket].append(encode_shard(path, self.cache, self.vae, self.models, mirror))
 
     def count(self, bucket: Bucket) -> int:
@@ -449,9 +455,7 @@ def sample_sheet(trainer: Trainer, folder: Path, captions: Mapping[Bucket, list[
     trainer.average.eval()
     for bucket, told in captions.items():
         paths = [
-            path
-            for path in pictures.shard_paths(folder, "validation")
-            if pictures.bucket_of(int(path.stem.split("_")[1])) == bucket
+            path for path in pictures.shard_paths(folder, "validation") if bucket_of_path(path) == bucket
         ]
         real = pictures.read_shard(paths[0], "pixels")[0]["pixels"][: len(told)]
         made = sample(trainer.average, trainer.data.vae, trainer.models, told, bucket)
@@ -468,9 +472,46 @@ def sheet_captions(folder: Path) -> dict[Bucket, list[str]]:
     result = {}
     for bucket, count in ((pictures.PORTRAIT, 18), (pictures.PAIR, 6), (pictures.GROUP, 4)):
         for path in pictures.shard_paths(folder, "validation"):
-            if pictures.bucket_of(int(path.stem.split("_")[1])) == bucket:
+            if bucket_of_path(path) == bucket:
                 result[bucket] = [both[0] for both in pictures.read_shard(path, "setting")[1][:count]]
                 break
+    return result
+
+
+@torch.no_grad()
+def guidance_figures(
+    folder: Path, out: Path, count: int, scales: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """What true guidance does: per scale, the share of pictures in which the asked number of faces is found.
+
+    Captions of held-out people, `count` of one person and half as many of two; the pipeline folder's own
+    detector.
+    """
+    models = TextModels.from_pretrained(out)
+    vae = PatchAutoencoder.from_pretrained(out / "vae", dtype=torch.float32).eval()
+    model = FluxTransformer2DModel.from_pretrained(out / "transformer").eval()
+    analyzer = FaceAnalyzer.from_pretrained(out / "face_analyzer")
+    captions: dict[Bucket, list[tuple[str, int]]] = {pictures.PORTRAIT: [], pictures.PAIR: []}
+    for path in pictures.shard_paths(folder, "validation"):
+        bucket = bucket_of_path(path)
+        if bucket in captions:
+            shard, several = pictures.read_shard(path, "identities")
+            people = (shard["identities"] >= 0).sum(axis=1).tolist()
+            captions[bucket] += [(texts[0], number) for texts, number in zip(several, people, strict=True)]
+    result: dict[str, dict[str, float]] = {}
+    for scale in scales:
+        result[f"true_cfg_scale {scale:g}"] = found = {}
+        for name, bucket, number in (
+            ("one person", pictures.PORTRAIT, count),
+            ("two", pictures.PAIR, count // 2),
+        ):
+            asked = captions[bucket][:number]
+            made = sample(model, vae, models, [text for text, _ in asked], bucket, 25, scale)
+            right = [
+                len(analyzer.detect(picture)) == people
+                for picture, (_, people) in zip(made, asked, strict=True)
+            ]
+            found[name] = round(float(np.mean(right)), 4)
     return result
 
 
@@ -566,4 +607,21 @@ def _run(args: argparse.Namespace) -> None:
     )
 
 
-COMMANDS = {"base": (_add_arguments, _run)}
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    add_part_arguments(parser, "base", steps=0)
+    parser.add_argument("--pictures", type=Path, default=RUNS / "pictures", help="picture shards")
+    parser.add_argument(
+        "--count", type=int, default=48, help="captions of one person, and half as many of two"
+    )
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0])
+
+
+def _run_guidance(args: argparse.Namespace) -> None:
+    start_part(args)
+    torch.backends.cuda.enable_flash_sdp(False)
+    figures = guidance_figures(args.pictures, args.pretrained, args.count, args.scales)
+    told = {"captions": "held-out people", "one_person": args.count, "two": args.count // 2}
+    write_figures(args.pretrained, "guidance", {**told, "asked_number_of_faces_found": figures})
+
+
+COMMANDS = {"base": (_add_arguments, _run), "guidance": (_add_guidance, _run_guidance)}

@@ -35,7 +35,7 @@ SAMPLING_DEFAULTS = {
     "width": 128,
     "num_inference_steps": 25,
     "guidance_scale": 1.0,
-    "true_cfg_scale": 2.0,
+    "true_cfg_scale": 3.0,
     "id_scale": 0.0,
     "siglip_scale": 1.0,
 }

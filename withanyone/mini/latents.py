@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from withanyone import arcface
 
 from . import pictures
 from .loop import TrainingLoop, learning_rate, step_rng
+from .muon import MuonAdamW, hidden_matrices
 from .parts import RUNS, add_part_arguments, start_part, write_figures
 
 logger = logging.getLogger(__name__)
@@ -215,14 +217,35 @@ def reconstruction_loss(pictures: Tensor, others: Tensor, squared: float) -> Ten
     return error.abs().mean() + 0.5 * edges + squared * error.pow(2).mean()
 
 
-def random_patches(pool: list[np.ndarray], count: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Square cut-outs at multiples of 8 pixels from random pictures: (B, 3, size, size) in [-1, 1]."""
+@dataclass
+class PicturePool:
+    """Pictures (N, H, W, 3) uint8 of one size, and their faces' boxes (N, P, 4), zeros where nobody is."""
+
+    pixels: np.ndarray
+    bboxes: np.ndarray
+
+
+FACE_SHARE = 0.7  # of the patches that the refiner is trained on; the rest lie anywhere
+
+
+def random_patches(pools: Sequence[PicturePool], count: int, size: int, rng: np.random.Generator) -> Tensor:
+    """Square cut-outs at multiples of 8 pixels from random pictures, most of them around a face.
+
+    (B, 3, size, size) in [-1, 1].
+    """
     patches = np.empty((count, size, size, 3), np.uint8)
     for index in range(count):
-        shard = pool[int(rng.integers(len(pool)))]  # (N, H, W, 3)
-        picture = shard[int(rng.integers(len(shard)))]
-        top, left = (8 * int(rng.integers((side - size) // 8 + 1)) for side in picture.shape[:2])
-        patches[index] = picture[top : top + size, left : left + size]
+        pool = pools[int(rng.integers(len(pools)))]
+        row = int(rng.integers(len(pool.pixels)))
+        cells = (np.array(pool.pixels.shape[1:3]) - size) // 8  # the last place, in cells down and across
+        place = rng.integers(cells + 1)
+        people = np.nonzero(pool.bboxes[row, :, 3] > 0)[0]
+        if len(people) and rng.random() < FACE_SHARE:
+            x1, y1, x2, y2 = pool.bboxes[row, rng.choice(people)]
+            middle = (np.array([y1 + y2, x1 + x2]) - size) / 2 + rng.uniform(-16, 16, 2)
+            place = np.clip(np.round(middle / 8).astype(int), 0, cells)
+        top, left = 8 * place
+        patches[index] = pool.pixels[row, top : top + size, left : left + size]
     return to_tensor(patches)
 
 
@@ -234,7 +257,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 def train_refiner(
     vae: PatchAutoencoder,
     folder: Path,
-    pool: list[np.ndarray],
+    pools: Sequence[PicturePool],
     steps: int,
     batch_size: int = 8,
     seed: int = 0,
@@ -245,14 +268,16 @@ def train_refiner(
     vae.decoder.requires_grad_(False)
     vae.to(memory_format=torch.channels_last)
     refiner = vae.refiner
-    optimizer = torch.optim.AdamW(refiner.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    matrices = hidden_matrices(refiner.blocks)
+    others = [p for p in refiner.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizer = MuonAdamW(matrices, others, lr=2e-3)
     config = {"part": "latents", "batch_size": batch_size, "seed": seed}
     loop = TrainingLoop(folder, steps, {"refiner": refiner}, optimizer, config)
     for step in loop:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 1.5e-3)
+            group["lr"] = learning_rate(step, steps, 2e-3)
         rng, _ = step_rng(seed, step)
-        patches = random_patches(pool, batch_size, 64, rng)
+        patches = random_patches(pools, batch_size, 64, rng)
         with torch.no_grad():
             latents = vae.encode(patches).latent_dist.mode()
         with torch.autocast("cpu", torch.bfloat16):
@@ -364,8 +389,9 @@ def _run(args: argparse.Namespace) -> None:
         export(vae.eval(), args.pretrained)
         return
     paths = pictures.shard_paths(args.pictures, "train")[: args.shards]
-    pool = [pictures.read_shard(path, "pixels")[0]["pixels"] for path in paths]
-    train_refiner(vae, args.out, pool, args.steps, seed=args.seed)
+    shards = [pictures.read_shard(path, "pixels", "bboxes")[0] for path in paths]
+    pools = [PicturePool(shard["pixels"], shard["bboxes"]) for shard in shards]
+    train_refiner(vae, args.out, pools, args.steps, seed=args.seed)
     export(vae, args.pretrained)
     saved = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32).eval()
     held_out = [
