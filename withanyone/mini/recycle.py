@@ -1,7 +1,8 @@
 """Reconstruction records (`train_rec`) of the pictures that the generative parts are trained on.
 
-Those pictures are rendered already, each of other people, so writing them as MultiID-2M records costs an encoder's
-work instead of a renderer's. The records have no `.npy`: training makes the embeddings with its face pack.
+Those pictures are rendered already, each of other people, so writing them as MultiID-2M records costs an
+encoder's work instead of a renderer's. The records have no `.npy`: training makes the embeddings with its face
+pack.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def record_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def write_records(pictures: str | Path, out: str | Path, split: str = "train") -> list[Path]:
-    """Writes `out`/train_rec/<shard>.tar for each shard of `pictures` that has none yet; returns the new paths."""
+    """Writes `out`/train_rec/<shard>.tar for each shard of `pictures` without one; returns the new paths."""
     written = []
     for path in shard_paths(Path(pictures), split):
         tar = Path(out) / "train_rec" / f"pictures_{path.stem}.tar"
