@@ -40,7 +40,13 @@ FLUX_PROMPTS = ("a photo of two friends at the beach", "a photo of a person read
 
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto; }
-.person-status { min-height: 3.2em; }
+.person-status { min-height: 2.4em; }
+.drawn-people, .drawn-people * { min-height: 0 !important; }
+.drawn-people .grid-wrap { height: auto !important; max-height: none !important; overflow: visible; }
+.drawn-people .grid-container {
+    grid-template-columns: repeat(auto-fill, minmax(66px, 1fr)) !important;
+    height: auto !important;
+}
 """
 
 
@@ -381,9 +387,9 @@ def add_drawn_people(photos: list[gr.Image]) -> None:
             [(gallery.draw_photo(number, size=128), name) for name, number in cast],
             label="Drawn people to choose from",
             show_label=False,
-            columns=len(cast),
-            rows=1,
+            columns=6,
             height="auto",
+            elem_classes="drawn-people",
             allow_preview=False,
             buttons=[],
             format="png",
