@@ -209,6 +209,11 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         return people
 
     def _find_face(self, photo: ImageSource | Face, name: str) -> Face:
+        if self.face_adapter is None:
+            raise ValueError(
+                f"`{name}` is given, but this pipeline has no `face_adapter` to use the face; load one "
+                "(`face_adapter=FaceAdapter.from_single_file('withanyone.safetensors')`)."
+            )
         if not isinstance(photo, Face):
             if self.face_analyzer is None:
                 raise ValueError(

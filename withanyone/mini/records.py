@@ -115,7 +115,7 @@ def npy_bytes(bboxes: np.ndarray, embeddings: np.ndarray) -> bytes:
     """As released: a dict of boxes (N, 4) and raw embeddings (N, 512), pickled inside an object array."""
     stream = io.BytesIO()
     value = {"bboxes": bboxes.astype(np.float32), "embeddings": embeddings.astype(np.float32)}
-    np.save(stream, np.array(value, dtype=object), allow_pickle=True)
+    np.save(stream, np.array(value, dtype=object))
     return stream.getvalue()
 
 

@@ -1,8 +1,7 @@
 """Reconstruction records (`train_rec`) of the pictures that the generative parts are trained on.
 
-Those pictures are rendered already, each of other people, so writing them as MultiID-2M records costs an
-encoder's work instead of a renderer's. The records have no `.npy`: training makes the embeddings with its face
-pack.
+Those pictures are rendered already, each of other people, so writing them as MultiID-2M records costs little.
+The records have no `.npy`: training makes the embeddings with its face pack.
 """
 
 from __future__ import annotations
