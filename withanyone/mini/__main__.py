@@ -33,6 +33,7 @@ MODULES = {
     "people": "evaluate",
     "assemble": "build",
     "build": "build",
+    "card": "card",
 }
 
 
