@@ -56,7 +56,7 @@ PACK = Path(__file__).parent / "pretrained" / "face_analyzer"
 JUDGE = Path(__file__).parent / "judges" / "recognition.onnx"
 FIGURES = Path(__file__).parent / "pretrained" / "figures" / "faces.json"
 
-PACK_SETTINGS = {"pack": "withanyone-mini", "det_size": [[256, 256]], "det_thresh": 0.5, "crop_size": 112,
+PACK_SETTINGS = {"pack": "withanyone-mini", "det_size": [[256, 256]], "det_thresh": 0.6, "crop_size": 112,
                  "enlarge": True}  # fmt: skip
 
 RECOGNIZER = RecognizerSettings(steps=2000, loss="cosface", scale=32.0, margin=0.35, seed=0)
@@ -229,14 +229,17 @@ def recognition_figures(embeddings: Tensor, identities: np.ndarray, threshold: f
     cosines = (unit @ unit.T).numpy()
     same = identities[:, None] == identities[None]
     off = ~np.eye(len(identities), dtype=bool)
-    rows = []
+    rows, owns = [], []
     for person in np.unique(identities):
         mine = identities == person
         own, others = cosines[mine][(same & off)[mine]], cosines[mine][~same[mine]]
-        rows.append((np.mean(own > threshold), np.mean(others <= threshold), np.median(own)))
-    table = np.array(rows)
-    figures["verification_interval"] = bootstrap(table[:, :2], lambda t: float(t.mean()))
-    figures["same_person_median_interval"] = bootstrap(table[:, 2], lambda t: float(np.median(t)))
+        if len(own):  # a person of one found face has no pair
+            rows.append((np.mean(own > threshold), np.mean(others <= threshold)))
+            owns.append(own)
+    figures["verification_interval"] = bootstrap(np.array(rows), lambda shares: float(shares.mean()))
+    figures["same_person_median_interval"] = bootstrap(
+        np.arange(len(owns)), lambda drawn: float(np.median(np.concatenate([owns[i] for i in drawn])))
+    )
     figures["rank_one"] = round(rank_one(embeddings, identities), 4)
     figures["identities"] = len(rows)
     figures["faces"] = len(identities)
