@@ -216,8 +216,7 @@ def centre_faces(crops: np.ndarray) -> Tensor:
 def embed_crops(model: Callable[[Tensor], Tensor], crops: np.ndarray, batch_size: int = 100) -> Tensor:
     """Raw embeddings (N, 512) of crops (N, 128, 128, 3)."""
     batches = [
-        model(centre_faces(crops[start : start + batch_size]))
-        for start in range(0, len(crops), batch_size)
+        model(centre_faces(crops[start : start + batch_size])) for start in range(0, len(crops), batch_size)
     ]
     return torch.cat(batches).float()
 
