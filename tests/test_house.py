@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "withanyone").rglob("*.py"), *(ROOT / "train").rglob("*.py"), ROOT / "app.py"])
@@ -27,31 +28,58 @@ def packages(name: str) -> list[str]:
     return [normal(re.split(r"[\[=<>!~; ]", line)[0]) for line in lines if line and not line.startswith("-")]
 
 
-def declared() -> list[str]:
-    """Names of every dependency in pyproject.toml, extras too (Python 3.10 has no TOML reader)."""
-    text = read("pyproject.toml")
-    lists = re.findall(r"^(?:dependencies|app|train|dev) = \[(.*?)\]", text, flags=re.S | re.M)
-    return [normal(name) for body in lists for name in re.findall(r'"([A-Za-z0-9_.-]+?)[\[<>=!~;"]', body)]
+def requirements(*lists: str) -> list[Requirement]:
+    """What these lists of pyproject.toml ask for (Python 3.10 has no TOML reader)."""
+    bodies = re.findall(rf"^(?:{'|'.join(lists)}) = \[(.*?)\]", read("pyproject.toml"), flags=re.S | re.M)
+    return [Requirement(text) for body in bodies for text in re.findall(r'"([^"]+)"', body)]
+
+
+def names(wanted: list[Requirement]) -> set[str]:
+    return {normal(requirement.name) for requirement in wanted}
+
+
+def every_dependency() -> list[Requirement]:
+    """Those of every extra too."""
+    wanted = requirements("dependencies", "app", "train", "dev")
+    assert len(wanted) > 20
+    return wanted
 
 
 def test_every_dependency_is_pinned() -> None:
-    assert len(declared()) > 20
-    missing = {*declared(), *packages("requirements.txt"), *packages("pre-requirements.txt")}
-    assert missing - set(packages("constraints.txt")) == set()
+    needed = {
+        *names(every_dependency()),
+        *packages("requirements.txt"),
+        *packages("pre-requirements.txt"),
+    }
+    assert needed - set(packages("constraints.txt")) == set()
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_pins_lie_within_the_declared_ranges(python: str) -> None:
+    """Else a fresh `make` finds no solution; the pins of one Python are not those of another."""
+    pins = {}
+    for line in read("constraints.txt").splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                (pins[normal(pin.name)],) = (specifier.version for specifier in pin.specifier)
+    outside = [
+        f"{r}, pinned to {pins[normal(r.name)]}"
+        for r in every_dependency()
+        if pins[normal(r.name)] not in r.specifier
+    ]
+    assert outside == []
 
 
 def test_the_gpu_build_of_onnxruntime_comes_last_and_alone() -> None:
     """insightface brings the CPU build; named anywhere else it could be installed after the GPU one."""
     assert packages("pre-requirements.txt") == ["insightface"]
     assert packages("requirements.txt")[-1] == "onnxruntime-gpu"
-    assert "onnxruntime" not in [*packages("requirements.txt"), *declared()]
+    assert "onnxruntime" not in {*packages("requirements.txt"), *names(every_dependency())}
 
 
 def test_a_space_installs_what_the_app_needs() -> None:
-    text = read("pyproject.toml")
-    needed = re.findall(r"^(?:dependencies|app) = \[(.*?)\]", text, flags=re.S | re.M)
-    names = {normal(name) for body in needed for name in re.findall(r'"([A-Za-z0-9_.-]+?)[\[<>=!~;"]', body)}
-    assert names - set(packages("requirements.txt")) == set()
+    assert names(requirements("dependencies", "app")) - set(packages("requirements.txt")) == set()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "hub_card/README.md"])
