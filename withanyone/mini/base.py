@@ -30,10 +30,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from withanyone import flow
+from withanyone import FaceAdapter, flow
+from withanyone.adapter import CONDITIONING_KEY
+from withanyone.conditioning import FaceConditioning
 from withanyone.faces import FaceAnalyzer
 
 from . import pictures, text
+from .given import FaceModels, GivenFaces, draw_scales, encode_faces, new_adapter
 from .latents import PatchAutoencoder, to_tensor
 from .loop import TrainingLoop, step_rng
 from .parts import RUNS, add_part_arguments, start_part, write_figures
@@ -58,6 +61,7 @@ SHARES = {
     pictures.WIDE_GROUP: (0.02, 0.04),
 }
 SHARES_SETTLE = 3000
+FACE_SHARE = 0.6  # of batches whose people are given by their faces, where an adapter learns along
 
 
 def transformer_config(latent_channels: int = 24) -> dict[str, object]:
@@ -158,9 +162,16 @@ class LatentPictures:
     """All pictures as tokens, by bucket; `refresh` takes in shards that were rendered since."""
 
     def __init__(
-        self, folder: Path, cache: Path, split: str, vae: PatchAutoencoder, models: TextModels
+        self,
+        folder: Path,
+        cache: Path,
+        split: str,
+        vae: PatchAutoencoder,
+        models: TextModels,
+        face_models: FaceModels | None = None,
     ) -> None:
         self.folder, self.cache, self.split, self.vae, self.models = folder, cache, split, vae, models
+        self.face_models = face_models
         self.shards: dict[Bucket, list[dict[str, Tensor]]] = {bucket: [] for bucket in SHARES}
         self.seen: set[str] = set()
         self.refresh()
@@ -172,23 +183,31 @@ class LatentPictures:
             if path.name not in self.seen:
                 self.seen.add(path.name)
                 bucket = bucket_of_path(path)
-                self.shards[bucket].append(encode_shard(path, self.cache, self.vae, self.models, mirror))
+                shard = encode_shard(path, self.cache, self.vae, self.models, mirror)
+                if self.face_models is not None:
+                    shard |= encode_faces(path, self.cache, self.face_models)
+                self.shards[bucket].append(shard)
 
     def count(self, bucket: Bucket) -> int:
         """Number of pictures of a bucket."""
         return sum(len(shard["tokens"]) for shard in self.shards[bucket])
 
-    def draw(self, bucket: Bucket, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, 96) fp32 and caption ids (B, 64) of random pictures, one of their captions each."""
+    def draw(
+        self, bucket: Bucket, batch_size: int, rng: np.random.Generator, with_faces: bool = False
+    ) -> tuple[Tensor, Tensor, GivenFaces | None]:
+        """Tokens (B, T, 96) fp32 and caption ids (B, 64) of random pictures, one of their captions each.
+
+        with_faces: and the faces of their people, which mirrored pictures don't have.
+        """
         shards = self.shards[bucket]
-        chosen = rng.integers(len(shards), size=batch_size)
-        rows = [int(rng.integers(len(shards[s]["tokens"]))) for s in chosen]
-        which = [int(rng.integers(shards[s]["token_ids"].shape[1])) for s in chosen]
-        tokens = torch.stack([shards[s]["tokens"][row] for s, row in zip(chosen, rows, strict=True)]).float()
+        chosen = [shards[s] for s in rng.integers(len(shards), size=batch_size)]
+        rows = [int(rng.integers(len(shard["count" if with_faces else "tokens"]))) for shard in chosen]
+        which = [int(rng.integers(shard["token_ids"].shape[1])) for shard in chosen]
+        tokens = torch.stack([shard["tokens"][row] for shard, row in zip(chosen, rows, strict=True)]).float()
         ids = torch.stack(
-            [shards[s]["token_ids"][row, k] for s, row, k in zip(chosen, rows, which, strict=True)]
+            [shard["token_ids"][row, k] for shard, row, k in zip(chosen, rows, which, strict=True)]
         )
-        return tokens, ids.long()
+        return tokens, ids.long(), GivenFaces.of_rows(chosen, rows) if with_faces else None
 
 
 def bucket_shares(step: int) -> np.ndarray:
@@ -209,18 +228,33 @@ def batch_size_of(bucket: Bucket, tokens_per_step: int) -> int:
 class Optimizers:
     """Muon for the matrices of the blocks, AdamW for all else, behind one optimiser's interface.
 
-    Muon's learning rate is scaled to AdamW's update size (`match_rms_adamw`), so one rate serves both.
+    Muon's learning rate is scaled to AdamW's update size (`match_rms_adamw`), so one rate serves both; a
+    group's `share` of it: the adapter's cross-attentions take half, its MLPs a quarter.
     """
 
-    def __init__(self, model: FluxTransformer2DModel) -> None:
+    def __init__(self, model: FluxTransformer2DModel, adapter: FaceAdapter | None = None) -> None:
         matrices, rest = [], []
         for name, parameter in model.named_parameters():
             in_block = "transformer_blocks" in name and "norm" not in name
             (matrices if in_block and parameter.ndim == 2 else rest).append(parameter)
+        muon, adam = [{"params": matrices, "share": 1.0}], [{"params": rest, "share": 1.0}]
+        if adapter is not None:
+            named = list(adapter.named_parameters())
+            attends = {name for name, p in named if name.startswith("ipa_") and p.ndim == 2}
+            muon.append({"params": [p for name, p in named if name in attends], "share": 0.5})
+            adam.append({"params": [p for name, p in named if name not in attends], "share": 0.25})
         self.parts = (
-            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01),
+            torch.optim.Muon(muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.01),
         )
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Gives every group its share of `rate`."""
+        for group in self.param_groups:
+            group["lr"] = group["share"] * rate
+
+    def _num_first(self) -> int:
+        return sum(len(group["params"]) for group in self.parts[0].param_groups)
 
     @property
     def param_groups(self) -> list[dict]:
@@ -234,13 +268,13 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, dict]:
         """Both states under one numbering: Muon's parameters first."""
-        first = len(self.parts[0].param_groups[0]["params"])
+        first = self._num_first()
         states = [part.state_dict()["state"] for part in self.parts]
         return {"state": {**states[0], **{first + index: entry for index, entry in states[1].items()}}}
 
     def load_state_dict(self, state_dict: Mapping[str, dict]) -> None:
         """Takes up a `state_dict`."""
-        first = len(self.parts[0].param_groups[0]["params"])
+        first = self._num_first()
         states: tuple[dict, dict] = ({}, {})
         for index, entry in state_dict["state"].items():
             states[index >= first][index - first if index >= first else index] = entry
@@ -278,15 +312,54 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-class Trainer:
-    """Model, its average, optimisers and data of a run; `step` does one step."""
+def compile_blocks(model: FluxTransformer2DModel) -> None:
+    """Compiles the model's blocks: a step is 1.4 times as fast, each kind of block compiles once a shape.
 
-    def __init__(self, data: LatentPictures, models: TextModels, seed: int, tokens_per_step: int) -> None:
+    Call it before an adapter is attached: the adapter's hooks then stay outside the graphs, so that faces, of
+    which no two pictures have the same tokens, compile nothing anew.
+    """
+    torch._dynamo.config.recompile_limit = 64
+
+    def without_faces(forward: Callable) -> Callable:
+        def call(*args, joint_attention_kwargs=None, **kwargs):  # the blocks ignore the faces in it
+            return forward(*args, **kwargs)
+
+        return call
+
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.forward = without_faces(torch.compile(block.forward, dynamic=False))
+
+
+class Trainer:
+    """Model, its average, optimisers and data of a run; `step` does one step.
+
+    Where the data has faces, an adapter learns along with the model.
+    """
+
+    def __init__(
+        self,
+        data: LatentPictures,
+        models: TextModels,
+        seed: int,
+        tokens_per_step: int,
+        init_from: Path | None = None,
+        compiled: bool = False,
+    ) -> None:
         torch.manual_seed(seed)
         self.data, self.models, self.seed, self.tokens_per_step = data, models, seed, tokens_per_step
         self.model = FluxTransformer2DModel(**transformer_config(data.vae.config.latent_channels))
+        if init_from is not None:
+            self.model.load_state_dict(FluxTransformer2DModel.from_pretrained(init_from).state_dict())
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizers = Optimizers(self.model)
+        if compiled:
+            compile_blocks(self.model)
+        self.adapter = self.adapter_average = None
+        if data.face_models is not None:
+            self.adapter = new_adapter(self.model, data.face_models.image_encoder.config.hidden_size).train()
+            self.adapter_average = copy.deepcopy(self.adapter).requires_grad_(False).eval()
+            self.adapter.attach(self.model)
+            self.adapter_average.attach(self.average)
+        self.optimizers = Optimizers(self.model, self.adapter)
         self.empty_ids = models.token_ids([""])[0]
 
     def step(self, step: int, learning_rate: float, average_decay: float) -> float:
@@ -298,7 +371,8 @@ class Trainer:
         if not self.data.shards[bucket]:
             bucket = pictures.PORTRAIT
         batch_size = batch_size_of(bucket, self.tokens_per_step)
-        latents, token_ids = self.data.draw(bucket, batch_size, rng)
+        with_faces = self.adapter is not None and rng.random() < FACE_SHARE
+        latents, token_ids, given = self.data.draw(bucket, batch_size, rng, with_faces)
         dropped = torch.from_numpy(rng.random(batch_size) < TEXT_DROPOUT)
         token_ids = torch.where(dropped[:, None], self.empty_ids, token_ids)
         text_length = text_length_of(bucket, rng)
@@ -310,6 +384,9 @@ class Trainer:
         # 3. The velocity and its error.
         image_ids, text_ids = position_ids(bucket, text_length)
         with torch.autocast("cpu", torch.bfloat16):
+            faces = (
+                None if given is None else given.encode(self.adapter, bucket, draw_scales(batch_size, rng))
+            )
             velocity = self.model(
                 hidden_states=noisy_latents,
                 encoder_hidden_states=states,
@@ -317,27 +394,38 @@ class Trainer:
                 timestep=sigma,
                 img_ids=image_ids,
                 txt_ids=text_ids,
+                joint_attention_kwargs=face_kwargs(faces),
                 return_dict=False,
             )[0]
         loss = (velocity.float() - flow.velocity(latents, noise)).pow(2).mean()
         # 4. The step.
-        self.model.zero_grad(set_to_none=True)
+        parameters = [p for group in self.optimizers.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = None
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizers.param_groups:
-            group["lr"] = learning_rate
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizers.set_learning_rate(learning_rate)
         self.optimizers.step()
         update_average(self.average, self.model, average_decay)
+        if self.adapter is not None:
+            update_average(self.adapter_average, self.adapter, average_decay)
         return loss.item()
 
     def loop(self, folder: Path, steps: int, name: str) -> TrainingLoop:
         """The resumable loop over this trainer's state."""
         config = {"part": name, "seed": self.seed, "tokens_per_step": self.tokens_per_step}
-        loop = TrainingLoop(
-            folder, OPEN_END, {"transformer": self.model, "average": self.average}, self.optimizers, config
-        )
+        modules = {"transformer": self.model, "average": self.average}
+        if self.adapter is not None:
+            modules |= {"adapter": self.adapter, "adapter_average": self.adapter_average}
+            config["face_share"] = FACE_SHARE
+        loop = TrainingLoop(folder, OPEN_END, modules, self.optimizers, config)
         loop.steps = steps
         return loop
+
+
+def face_kwargs(faces: FaceConditioning | None) -> dict[str, FaceConditioning] | None:
+    """`joint_attention_kwargs` of a call of the transformer."""
+    return None if faces is None else {CONDITIONING_KEY: faces}
 
 
 def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float], first: int,
@@ -378,10 +466,10 @@ def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float],
 
 @torch.no_grad()
 def held_out_errors(
-    model: FluxTransformer2DModel, data: LatentPictures, count: int = 48
+    model: FluxTransformer2DModel, data: LatentPictures, count: int = 48, adapter: FaceAdapter | None = None
 ) -> dict[str, dict[str, float]]:
     """Mean squared error of the velocity at SIGMAS for the main buckets, always on the same pictures and
-    noise."""
+    noise; `adapter`: with their people given by their faces."""
     model.eval()
     result: dict[str, dict[str, float]] = {}
     for name, bucket in (
@@ -390,26 +478,34 @@ def held_out_errors(
         ("groups", pictures.GROUP),
     ):
         size = max(8, count * 64 // bucket.num_tokens)
-        latents, token_ids = data.draw(bucket, size, np.random.default_rng(0))
+        latents, token_ids, given = data.draw(bucket, size, np.random.default_rng(0), adapter is not None)
         states, pooled = data.models.encode(token_ids, text.MAX_TEXT_TOKENS)
         image_ids, text_ids = position_ids(bucket, text.MAX_TEXT_TOKENS)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        faces = None if given is None else given.encode(adapter, bucket)
         result[name] = {}
         for sigma in SIGMAS:
-            with torch.autocast("cpu", torch.bfloat16):
-                velocity = model(
-                    hidden_states=flow.noisy_latents(latents, noise, sigma),
-                    encoder_hidden_states=states,
-                    pooled_projections=pooled,
-                    timestep=torch.full((size,), sigma),
-                    img_ids=image_ids,
-                    txt_ids=text_ids,
-                    return_dict=False,
-                )[0]
-            error = (velocity.float() - flow.velocity(latents, noise)).pow(2).mean()
+            noisy_latents = flow.noisy_latents(latents, noise, sigma)
+            velocity = _velocity(model, noisy_latents, sigma, (states, pooled), image_ids, text_ids, faces)
+            error = (velocity - flow.velocity(latents, noise)).pow(2).mean()
             result[name][f"sigma {sigma}"] = round(float(error), 4)
     model.train()
     return result
+
+
+def _velocity(model, latents, sigma, text, image_ids, text_ids, faces) -> Tensor:
+    """The model's velocity (B, T, 96) for one noise level; `text`: states and pooled."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(
+            hidden_states=latents,
+            encoder_hidden_states=text[0],
+            pooled_projections=text[1],
+            timestep=torch.full((len(latents),), sigma),
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            joint_attention_kwargs=face_kwargs(faces),
+            return_dict=False,
+        )[0].float()
 
 
 @torch.no_grad()
@@ -422,8 +518,12 @@ def sample(
     steps: int = 20,
     guidance: float = 2.0,
     seed: int = 0,
+    faces: FaceConditioning | None = None,
 ) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 for captions, with true guidance: what FluxPipeline does, in one batch."""
+    """Pictures (N, H, W, 3) uint8 for captions, with true guidance: what FluxPipeline does, in one batch.
+
+    `faces`: of N rows; they act in both passes.
+    """
     size = len(captions)
     generator = torch.Generator().manual_seed(seed)
     shape = (size, vae.config.latent_channels, bucket.height // 8, bucket.width // 8)
@@ -432,36 +532,40 @@ def sample(
     image_ids, text_ids = position_ids(bucket, text.MAX_TEXT_TOKENS)
     sigmas = [*flow.schedule_sigmas(steps, scheduler_mu(bucket.num_tokens)).tolist(), 0.0]
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = model(
-                hidden_states=torch.cat([latents, latents]),
-                encoder_hidden_states=states,
-                pooled_projections=pooled,
-                timestep=torch.full((2 * size,), sigma),
-                img_ids=image_ids,
-                txt_ids=text_ids,
-                return_dict=False,
-            )[0].float()
-        told, untold = velocity.chunk(2)
+        told, untold = (
+            _velocity(model, latents, sigma, text, image_ids, text_ids, faces)
+            for text in zip(states.chunk(2), pooled.chunk(2), strict=True)
+        )
         latents = latents + (following - sigma) * (untold + guidance * (told - untold))
     unpacked = FluxPipeline._unpack_latents(latents, bucket.height, bucket.width, 8)
     x = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
     return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
 
 
-def sample_sheet(trainer: Trainer, folder: Path, captions: Mapping[Bucket, list[str]], path: Path) -> None:
-    """Rows of pictures of the world (held-out people) and, under each row, samples of their captions."""
-    rows = []
+def sample_sheet(
+    trainer: Trainer, held_out: LatentPictures, captions: Mapping[Bucket, list[str]], path: Path
+) -> None:
+    """Rows of pictures of the world (held-out people) and, under each row, samples of their captions; under
+    those, where an adapter learns along, samples given their people's faces too."""
+    folder, rows = held_out.folder, []
     trainer.average.eval()
     for bucket, told in captions.items():
         paths = [
             path for path in pictures.shard_paths(folder, "validation") if bucket_of_path(path) == bucket
         ]
         real = pictures.read_shard(paths[0], "pixels")[0]["pixels"][: len(told)]
-        made = sample(trainer.average, trainer.data.vae, trainer.models, told, bucket)
+        several = [real, sample(trainer.average, trainer.data.vae, trainer.models, told, bucket)]
+        if trainer.adapter_average is not None:
+            shard = held_out.shards[bucket][0]
+            given = GivenFaces.of_rows([shard] * len(told), list(range(len(told))))
+            with torch.no_grad():
+                faces = given.encode(trainer.adapter_average, bucket)
+            several.append(
+                sample(trainer.average, trainer.data.vae, trainer.models, told, bucket, faces=faces)
+            )
         for start in range(0, len(told), 1152 // bucket.width):
             stop = start + 1152 // bucket.width
-            for row in (real[start:stop], made[start:stop]):
+            for row in (images[start:stop] for images in several):
                 joined = np.concatenate(list(row), axis=1)
                 rows.append(np.pad(joined, ((0, 0), (0, max(0, 1152 - joined.shape[1])), (0, 0)))[:, :1152])
     Image.fromarray(np.concatenate(rows)).save(path)
@@ -534,12 +638,16 @@ def scheduler_mu(num_tokens: int) -> float:
     return 0.4 + (0.9 - 0.4) * (num_tokens - 64) / (256 - 64)
 
 
-def export(model: FluxTransformer2DModel, out: Path) -> None:
-    """Writes transformer and scheduler into a pipeline folder, in half precision."""
+def export(model: FluxTransformer2DModel, out: Path, adapter: FaceAdapter | None = None) -> None:
+    """Writes transformer, scheduler and adapter into a pipeline folder, in half precision."""
     copied = FluxTransformer2DModel(**transformer_config(model.config.in_channels // 4))
     copied.load_state_dict(model.state_dict())
     copied.to(torch.bfloat16).save_pretrained(out / "transformer")
     scheduler().save_pretrained(out / "scheduler")
+    if adapter is not None:
+        copied = FaceAdapter(**adapter.config)
+        copied.load_state_dict(adapter.state_dict())
+        copied.to(torch.bfloat16).save_pretrained(out / "face_adapter")
 
 
 # Command
@@ -556,6 +664,23 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet-steps", type=int, default=500, help="steps between sheets, errors and exports"
     )
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        help="transformer folder to go on from where no checkpoint is left",
+    )
+    parser.add_argument(
+        "--init-steps",
+        type=int,
+        default=0,
+        help="steps that --init-from had: data goes on there",
+    )
+    parser.add_argument(
+        "--with-faces",
+        action="store_true",
+        help="an adapter learns along, people given by their faces",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="blocks as they are: no compiler")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -565,46 +690,53 @@ def _run(args: argparse.Namespace) -> None:
     models = TextModels.from_pretrained(args.pretrained)
     vae = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32).eval()
     cache = args.out / "latents"
-    data = LatentPictures(args.pictures, cache, "train", vae, models)
-    held_out = LatentPictures(args.pictures, cache, "validation", vae, models)
+    face_models = FaceModels.from_pretrained(args.pretrained) if args.with_faces else None
+    data = LatentPictures(args.pictures, cache, "train", vae, models, face_models)
+    held_out = LatentPictures(args.pictures, cache, "validation", vae, models, face_models)
     captions = sheet_captions(args.pictures)
-    trainer = Trainer(data, models, args.seed, args.tokens_per_step)
+    trainer = Trainer(
+        data, models, args.seed, args.tokens_per_step, args.init_from, compiled=not args.no_compile
+    )
+
+    def errors(count: int) -> dict[str, object]:
+        found: dict[str, object] = {
+            "held_out_velocity_error": held_out_errors(trainer.average, held_out, count)
+        }
+        if trainer.adapter_average is not None:
+            found["held_out_velocity_error_with_faces"] = held_out_errors(
+                trainer.average, held_out, count, trainer.adapter_average
+            )
+        return found
 
     def watch(offset: int) -> Callable[[int], None]:
         def every(step: int) -> None:
             if step % args.sheet_steps:
                 return
-            errors = held_out_errors(trainer.average, held_out)
-            line = json.dumps({"step": offset + step, **errors})
+            line = json.dumps({"step": offset + step, **errors(48)})
             with (args.out / "errors.jsonl").open("a") as file:
                 file.write(line + "\n")
             logger.info("held-out velocity error: %s", line)
-            sample_sheet(trainer, args.pictures, captions, args.out / f"sheet_{offset + step:06d}.png")
-            export(trainer.average, args.pretrained)
+            sample_sheet(trainer, held_out, captions, args.out / f"sheet_{offset + step:06d}.png")
+            export(trainer.average, args.pretrained, trainer.adapter_average)
 
         return every
 
     peak = args.learning_rate
     trunk = trainer.loop(args.out / "trunk", args.steps, "base, trunk")
-    run_loop(trainer, trunk, lambda step: peak * min(1.0, (step + 1) / 100), 0, watch(0))
+    first = args.init_steps
+    run_loop(trainer, trunk, lambda step: peak * min(1.0, (step + 1) / 100), first, watch(first))
     branch = trainer.loop(args.out / f"branch_{args.steps}", args.cooldown, "base, branch")
     run_loop(
         trainer,
         branch,
         lambda step: peak * (1 - step / args.cooldown),
-        args.steps,
-        watch(args.steps),
+        first + args.steps,
+        watch(first + args.steps),
     )
-    export(trainer.average, args.pretrained)
-    write_figures(
-        args.pretrained,
-        "base",
-        {
-            "held_out_velocity_error": held_out_errors(trainer.average, held_out, 256),
-            "steps": args.steps + args.cooldown,
-            "training_hours": round((trunk.elapsed + branch.elapsed) / 3600, 2),
-        },
-    )
+    export(trainer.average, args.pretrained, trainer.adapter_average)
+    hours = (trunk.elapsed + branch.elapsed) / 3600
+    told = {"steps": first + args.steps + args.cooldown, "training_hours_since_init": round(hours, 2)}
+    write_figures(args.pretrained, "base", {**errors(256), **told})
 
 
 def _add_guidance(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,8 @@ def draw_picture(bucket: Bucket, split: str, key: tuple[int, ...]) -> tuple[worl
     """One picture and its captions; `key` (any integers) decides everything about it."""
     rng = np.random.default_rng(key)
     count = int(rng.choice(len(bucket.people), p=bucket.people))
-    identities = [int(identity) for identity in rng.choice(world.RANGES[split], size=count)]
+    # An index is drawn: given the range itself, numpy would make an array of all its people every time.
+    identities = [world.RANGES[split][i] for i in rng.choice(len(world.RANGES[split]), size=count)]
     close_up = bool(count == 1 and rng.random() < bucket.close_up)
     boxed = bool(count and not close_up and rng.random() < BOXED_SHARE)
     picture = world.render(
