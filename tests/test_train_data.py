@@ -13,17 +13,8 @@ import torch
 from tests import train_world as tw
 from train.catalogue import ensure_catalogue
 from train.config import make_config
-from train.data import (
-    BatchPlan,
-    TrainDataset,
-    assign_buckets,
-    collate,
-    crop_window,
-    draw_scales,
-    make_loader,
-    make_plan,
-    open_data,
-)
+from train.data import BatchPlan, TrainDataset, make_loader, make_plan, open_data
+from train.examples import assign_buckets, collate, crop_window, draw_scales
 
 
 def _plan(rec=30, cp=12, ratio=0.5, sizes=(4,), seed=0) -> BatchPlan:

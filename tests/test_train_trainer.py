@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 
 from tests import tiny_faces
 from tests import train_world as tw
-from train import trainer as trainer_module
+from train import step as step_module
 from train.config import make_config
+from train.optim import learning_rate_factor
 from train.references import cache_features
-from train.trainer import Trainer, learning_rate_factor, sigmas_of
+from train.step import sigmas_of
+from train.trainer import Trainer
 from train.validation import face_in_box, score_case, validate
 from withanyone import FaceAdapter, flow
 from withanyone.faces import crop_face
@@ -165,7 +167,7 @@ def test_steps_on_one_batch_lower_each_of_its_losses(world, tmp_path, optimizer)
 def test_identity_gradients_reach_the_adapter_and_not_the_people_the_loss_does_not_see(
     world, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer_module, "diffusion_loss", lambda p, t: (p * 0).flatten(1).mean(1))
+    monkeypatch.setattr(step_module, "diffusion_loss", lambda p, t: (p * 0).flatten(1).mean(1))
     trainer = _trainer(world, tmp_path, id_loss_max_sigma=0.6, contrastive_positive="target")
     _wake(trainer.adapter)
     batch = _first_batch(trainer)
@@ -187,7 +189,7 @@ def test_identity_gradients_reach_the_adapter_and_not_the_people_the_loss_does_n
 
 def test_identity_gradients_equal_finite_differences(world, tmp_path, monkeypatch):
     """Through VAE decode, warp and recogniser, for one weight of the adapter."""
-    monkeypatch.setattr(trainer_module, "diffusion_loss", lambda p, t: (p * 0).flatten(1).mean(1))
+    monkeypatch.setattr(step_module, "diffusion_loss", lambda p, t: (p * 0).flatten(1).mean(1))
     trainer = _trainer(world, tmp_path, id_loss_weight=1.0, contrastive_loss_weight=1.0)
     _wake(trainer.adapter)
     batch = _first_batch(trainer)
@@ -210,7 +212,7 @@ def test_at_most_so_many_faces_are_decoded(world, tmp_path):
     trainer = _trainer(world, tmp_path, id_faces_per_step=2, id_loss_max_sigma=1.0)
     batch = _first_batch(trainer)
     assert trainer.train_step(batch)[1]["id_faces"] == 2
-    sample, face = trainer._pick_faces(batch, torch.zeros(4))
+    sample, face = trainer.train_step.pick_faces(batch, torch.zeros(4))
     order = batch.priority.flatten().sort().values[:2]
     torch.testing.assert_close(batch.priority[sample, face], order)
 
@@ -227,14 +229,14 @@ def test_landmarks_of_the_estimate_are_used_only_where_found(world, tmp_path):
     batch = _first_batch(trainer)
     batch.bboxes[0] = [box]
     zero = torch.zeros(1, dtype=torch.long)
-    *_, kps = trainer._detect_on(pictures, batch, zero, zero, zero)
+    *_, kps = trainer.train_step.detect_on(pictures, batch, zero, zero, zero)
     np.testing.assert_allclose(kps[0], tiny_faces.kps_of(box), atol=3)
 
 
 def test_negatives_are_nobody_of_the_batch(world, tmp_path):
     trainer = _trainer(world, tmp_path, paired_ratio=1.0, num_negatives=200)
     batch = _first_batch(trainer)
-    rows = trainer._negatives(batch).cpu().numpy()
+    rows = trainer.train_step.negatives(batch, 0).cpu().numpy()
     people = np.array([[tw.embedding(i, 1000 + k) for k in range(4)] for i in range(6)])  # (6, 4, 512)
     drawn = {int(np.argwhere((people == row).all(-1))[0, 0]) for row in rows}
     present = set(batch.identities[batch.identities >= 0].tolist())
@@ -245,7 +247,7 @@ def test_in_batch_negatives_are_other_people_only(world, tmp_path):
     trainer = _trainer(world, tmp_path, in_batch_negatives=True)
     target = torch.randn(4, 512)
     identities, sample = torch.tensor([3, 3, -1, 5]), torch.tensor([0, 1, 1, 2])
-    negatives, allowed = trainer._with_batch(torch.randn(7, 512), target, identities, sample)
+    negatives, allowed = trainer.train_step.with_batch(torch.randn(7, 512), target, identities, sample)
     assert negatives.shape == (11, 512) and allowed[:, :7].all()
     expected = [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0]]
     assert allowed[:, 7:].int().tolist() == expected
@@ -254,20 +256,20 @@ def test_in_batch_negatives_are_other_people_only(world, tmp_path):
 def test_kept_image_features_equal_those_made_on_the_way(world, tmp_path):
     trainer = _trainer(world, tmp_path, paired_ratio=0.5, diversity_corner_share=0.0)
     batch = _first_batch(trainer)
-    fresh = trainer._image_features(batch)
+    fresh = trainer.frozen.image_features(batch)
     encoder = trainer.pipeline.image_encoder
     bank = cache_features(
         trainer.bank,
         world[0] / "cache" / "bank",
-        lambda crops: encoder(trainer._prepare_crops(crops)).last_hidden_state.detach().numpy(),
-        lambda photo, box: crop_face(photo, box, trainer.dataset.crop_size),
+        lambda crops: encoder(trainer.frozen.prepare_crops(crops)).last_hidden_state.detach().numpy(),
+        lambda photo, box: crop_face(photo, box, trainer.source.dataset.crop_size),
     )
     try:
         kept = _trainer(world, tmp_path / "kept", paired_ratio=0.5, diversity_corner_share=0.0)
         batch = _first_batch(kept)
         assert kept.bank.features is not None and batch.features is not None
         assert len(batch.crop_pixels) < batch.face_mask.sum()
-        torch.testing.assert_close(kept._image_features(batch), fresh, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(kept.frozen.image_features(batch), fresh, rtol=2e-3, atol=2e-3)
     finally:
         del bank
         (world[0] / "cache" / "bank" / "features.npy").unlink()
@@ -291,13 +293,15 @@ def test_accumulated_batches_equal_one_large_batch(world, tmp_path):
 
 def test_text_is_padded_to_the_first_length_that_holds_the_batch(world, tmp_path):
     trainer = _trainer(world, tmp_path, text_lengths=[6, 12])
-    assert [trainer._encode_text(p)[0].shape[1] for p in (["a"], ["a", "abc abc"], ["abcdef abcdef"])] == [
+    assert [
+        trainer.frozen.encode_text(p)[0].shape[1] for p in (["a"], ["a", "abc abc"], ["abcdef abcdef"])
+    ] == [
         6,
         12,
         512,
     ]
-    full = trainer._encode_text(["abcdef abcdef", "a"])[0]
-    torch.testing.assert_close(trainer._encode_text(["abcdef abcdef"])[0], full[:1])
+    full = trainer.frozen.encode_text(["abcdef abcdef", "a"])[0]
+    torch.testing.assert_close(trainer.frozen.encode_text(["abcdef abcdef"])[0], full[:1])
 
 
 def test_learning_rates_warm_up_and_follow_the_cosine():

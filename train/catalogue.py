@@ -283,8 +283,19 @@ def open_catalogue(folder: str | Path) -> Catalogue:
     return Catalogue(shards=info["shards"], paired=info["paired"], bad=info["bad"], **arrays)
 
 
+def subset_shards(roots: str | Sequence[str], subset: str) -> list[str]:
+    """The tars of one subset under one or several folders."""
+    folders = [roots] if isinstance(roots, str) else roots
+    return [
+        shard
+        for root in folders
+        for name in SUBSETS[subset]
+        for shard in list_shards(f"{root.rstrip('/')}/{name}")
+    ]
+
+
 def ensure_catalogue(
-    root: str,
+    roots: str | Sequence[str],
     subset: str,
     cache: str | Path,
     *,
@@ -292,10 +303,10 @@ def ensure_catalogue(
     pack: PackReader | None = None,
 ) -> Catalogue:
     """The catalogue of all records ("rec") or of the identified ones ("cp"), built where missing or old."""
-    shards = [shard for name in SUBSETS[subset] for shard in list_shards(f"{root.rstrip('/')}/{name}")]
+    shards = subset_shards(roots, subset)
     if not shards:
         raise ValueError(
-            f"`shards` {root!r} holds no .tar under {' or '.join(SUBSETS[subset])}. Expected MultiID-2M's: "
+            f"`shards` {roots!r} holds no .tar under {' or '.join(SUBSETS[subset])}. Expected MultiID-2M's: "
             "train_rec/*.tar, train_cp/*.tar, ref/tars/*.tar."
         )
     folder = Path(cache) / f"catalogue_{subset}"

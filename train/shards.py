@@ -8,6 +8,7 @@ record is a `BadRecord` with one of `REASONS`, so that damage is counted by kind
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -273,6 +274,8 @@ class Record:
     names: list[str] | None  # one a box; None: unidentified
     kps: np.ndarray | None  # (N, 5, 2) float32, where the record carries them
     aesthetics_score: float | None
+    info: dict[str, Any] = field(default_factory=dict)  # the whole .json, every key
+    digest: str = ""  # of the picture's bytes
 
 
 def decode_image(data: bytes, *, check_only: bool = False) -> np.ndarray:
@@ -392,6 +395,7 @@ def parse_sides(json_bytes: bytes, npy_bytes: bytes | None, *, paired: bool) -> 
         "names": _names(info, len(bboxes), required=paired),
         "kps": None if kps is None else kps - corner,
         "aesthetics_score": float(score) if isinstance(score, (int, float)) else None,
+        "info": info,
     }
 
 
@@ -411,7 +415,8 @@ def parse_record(key: str, parts: Mapping[str, bytes], *, paired: bool) -> Recor
     sides = parse_sides(parts["json"], parts.get("npy"), paired=paired)
     image = decode_image(parts["image"])
     check_boxes(sides["bboxes"], image.shape[1], image.shape[0])
-    return Record(key=key, image=image, **sides)
+    digest = hashlib.blake2b(parts["image"], digest_size=16).hexdigest()
+    return Record(key=key, image=image, digest=digest, **sides)
 
 
 def file_stamp(path: str) -> str:

@@ -1,74 +1,63 @@
-"""The trainer: one for all phases, on accelerate. `train_step` reads like section 4 of the method.
+"""The trainer: one for all phases, on accelerate.
 
-Only the adapter is trained; it alone is in the module that accelerate wraps, and in checkpoints.
+Only the adapter is trained; it alone is in the module that accelerate wraps, and in checkpoints. What a step
+computes is in `step.py`, the frozen parts in `frozen.py`, the data in `data.py` and `stream.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from PIL import Image
 from torch import Tensor, nn
 
-from withanyone import FaceAdapter, WithAnyonePipeline, flow
-from withanyone.arcface import Recognizer, align_face
+from withanyone import FaceAdapter, WithAnyonePipeline
 
-from .catalogue import match_landmarks
+from . import runlog
 from .checkpoints import (
+    begin_checkpoint,
     find_checkpoint,
+    finish_checkpoint,
     flatten_optimizer,
+    like,
     load_checkpoint,
+    load_weights,
     restore_optimizer,
-    save_checkpoint,
+    whole,
 )
 from .config import TrainConfig, dump_config
-from .data import Batch, TrainDataset, make_loader, make_plan, open_data
-from .losses import diffusion_loss, id_contrastive_loss, id_loss
-from .references import draw_negatives
-from .validation import validate
+from .data import PlannedBatches, TrainDataset, open_bank_of, open_data
+from .examples import Batch
+from .frozen import DTYPES, FrozenParts, load_pipeline
+from .optim import learning_rate_factor, make_optimizers
+from .pack import PackReader
+from .step import AdapterStep, TrainStep
+from .validation import Best, validate
 
 logger = logging.getLogger(__name__)
 
-LOG = "log.jsonl"
 MIN_READS = 200  # records read before the share of bad ones is judged
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class AdapterStep(nn.Module):
-    """Adapter and transformer in one forward, as DistributedDataParallel needs it.
-
-    The frozen transformer is kept out of the module tree: it has no parameters to wrap, sync or save.
-    """
-
-    def __init__(self, adapter: FaceAdapter, transformer: nn.Module) -> None:
-        super().__init__()
-        self.adapter = adapter
-        self._frozen = (transformer,)
-
-    def forward(self, faces: dict[str, Any], inputs: dict[str, Any]) -> Tensor:
-        """Velocity (B, N, C) at `inputs` with the people of `faces` (arguments of `FaceAdapter.encode`)."""
-        conditioning = self.adapter.encode(**faces)
-        return self._frozen[0](
-            **inputs, joint_attention_kwargs={"ip_hidden_states": conditioning}, return_dict=False
-        )[0]
 
 
 def make_adapter(config: TrainConfig, pipeline: WithAnyonePipeline) -> FaceAdapter:
-    """The adapter of `init_from`, or a new one that fits the pipeline's transformer and image encoder."""
+    """The adapter of `init_from`, that of `merge_from`'s two, or a new one that fits the pipeline."""
     if config.init_from:
         return FaceAdapter.from_pretrained(config.init_from).float()
+    if config.merge_from:
+        return merge_adapters(*config.merge_from).float()
     base = pipeline.transformer.config
     torch.manual_seed(config.seed)
     return FaceAdapter(
@@ -82,56 +71,26 @@ def make_adapter(config: TrainConfig, pipeline: WithAnyonePipeline) -> FaceAdapt
     )
 
 
-def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes this parameter: the projections of the cross-attentions."""
-    return parameter.ndim == 2 and name.startswith("ipa_")
+def merge_adapters(arc: str | Path, sig: str | Path) -> FaceAdapter:
+    """One adapter of two that were trained apart (folders in diffusers' layout), on the same base.
 
-
-def make_optimizers(
-    config: TrainConfig, adapter: FaceAdapter
-) -> list[tuple[torch.optim.Optimizer, list[str]]]:
-    """Optimisers with the names of their parameters, in order."""
-    named = [(name, p) for name, p in adapter.named_parameters() if p.requires_grad]
-    adam_settings = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2),
-                     "weight_decay": config.weight_decay}  # fmt: skip
-    if config.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        optimizer = bitsandbytes.optim.AdamW8bit([p for _, p in named], **adam_settings)
-        return [(optimizer, [name for name, _ in named])]
-    if config.optimizer == "adamw":
-        return [(torch.optim.AdamW([p for _, p in named], **adam_settings), [name for name, _ in named])]
-    matrices = [(name, p) for name, p in named if is_block_matrix(name, p)]
-    rest = [(name, p) for name, p in named if not is_block_matrix(name, p)]
-    muon = torch.optim.Muon(
-        [p for _, p in matrices],
-        lr=config.muon_learning_rate,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adam = torch.optim.AdamW([p for _, p in rest], **adam_settings)
-    return [(muon, [name for name, _ in matrices]), (adam, [name for name, _ in rest])]
-
-
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """What the learning rates are multiplied by at `step`: linear warm-up, then constant or a cosine's
-    half."""
-    warmup = min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-    if config.lr_scheduler == "constant":
-        return warmup
-    progress = min(1.0, step / config.max_train_steps)
-    end = config.lr_end_share
-    return warmup * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def sigmas_of(config: TrainConfig, uniform: Tensor, mu: float) -> Tensor:
-    """Noise levels (B,) from uniform draws: as they are or logit-normal, then shifted by `mu`."""
-    if config.sigma_sampling == "logit_normal":
-        normal = torch.special.ndtri(uniform.double()).float()
-        uniform = torch.sigmoid(config.sigma_logit_mean + config.sigma_logit_std * normal).clamp(
-            1e-4, 1 - 1e-4
-        )
-    return flow.shift_sigmas(uniform, mu)
+    Raises:
+        ValueError: a folder's adapter has another branch, or the two differ in a size.
+    """
+    parts = {"arc": FaceAdapter.from_pretrained(arc), "sig": FaceAdapter.from_pretrained(sig)}
+    for name, part in parts.items():
+        if part.branches != (name,):
+            raise ValueError(f"`merge_from`: the adapter for {name} has the branches {part.branches}.")
+    configs = [
+        {k: v for k, v in part.config.items() if not k.startswith("_") and k != "branches"}
+        for part in parts.values()
+    ]
+    if configs[0] != configs[1]:
+        differ = sorted(k for k in configs[0] if configs[0][k] != configs[1][k])
+        raise ValueError(f"`merge_from`: the two adapters differ in {', '.join(differ)}.")
+    merged = FaceAdapter(**configs[0], branches=("arc", "sig"))
+    merged.load_state_dict({**parts["arc"].state_dict(), **parts["sig"].state_dict()}, strict=True)
+    return merged
 
 
 class Trainer:
@@ -145,6 +104,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, pipeline: WithAnyonePipeline | None = None) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
+        missing = [name for name in config.report_to if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"`report_to` names {', '.join(missing)}, not installed here: pip install it.")
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -155,17 +117,18 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.branches == "both")],
         )
         self.device = self.accelerator.device
-        self._load_parts(pipeline)
-        self._load_data()
+        self.pipeline = load_pipeline(config) if pipeline is None else pipeline
+        self.frozen = FrozenParts(self.pipeline, config, self.device)
+        self._open_source()
         self.adapter = make_adapter(config, self.pipeline)
         self.adapter.train().requires_grad_(True)
         self.adapter.attach(self.pipeline.transformer)
         self.pipeline.register_modules(face_adapter=self.adapter)
         optimizers = make_optimizers(config, self.adapter)
         self.optimizer_names = [names for _, names in optimizers]
-        self.model, *self.optimizers = self.accelerator.prepare(
-            AdapterStep(self.adapter, self.pipeline.transformer), *(optimizer for optimizer, _ in optimizers)
-        )
+        model = AdapterStep(self.adapter, self.pipeline.transformer)
+        self.model, *self.optimizers = self._wrap(model, [optimizer for optimizer, _ in optimizers])
+        self.train_step = TrainStep(config, self.accelerator, self.frozen, self.model, self.bank)
         self.base_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.ema = None
         if config.ema_decay is not None:
@@ -174,301 +137,51 @@ class Trainer:
         self.batch_number = 0  # the place in the data stream: global batches before the one at work
         self.reads = 0
         self.bad: Counter[str] = Counter()
-        self.faces: Counter[str] = Counter()
-        self._text: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self.best = Best(self.output_dir / "best", config.best_metric, config.best_min_sim_gt)
         self._resume()
 
     # --- set-up ------------------------------------------------------------------------------------------
 
-    def _load_parts(self, pipeline: WithAnyonePipeline | None) -> None:
-        config = self.config
-        dtype = DTYPES[config.frozen_dtype]
-        if pipeline is None:
-            pipeline = WithAnyonePipeline.from_pretrained(
-                config.pretrained, face_adapter=None, dtype={"default": dtype, "vae": torch.float32}
-            )
-        for name in ("image_encoder", "feature_extractor", "face_analyzer"):
-            if getattr(pipeline, name) is None:
-                raise ValueError(f"`pretrained` {config.pretrained!r} has no `{name}`, which training needs.")
-        self.pipeline = pipeline
-        for name in ("transformer", "text_encoder", "text_encoder_2", "image_encoder", "vae"):
-            # the VAE in full precision: its rounding would be part of the target
-            part_dtype = torch.float32 if name == "vae" else dtype
-            part = getattr(pipeline, name).to(self.device).eval().requires_grad_(False)
-            if part.dtype != part_dtype:
-                part.to(part_dtype)
-        if config.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
-        self.recognizer = None
-        if config.uses_identity_losses:
-            self.recognizer = Recognizer.from_onnx(pipeline.face_analyzer.recognition_path)
-            self.recognizer.to(self.device).eval().requires_grad_(False)
+    def _wrap(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list:
+        """Model and optimisers as accelerate's configuration says: one process, DDP, FSDP2 or DeepSpeed."""
+        accelerator = self.accelerator
+        kind = accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and len(optimizers) > 1:
+            raise ValueError(f"`optimizer` {self.config.optimizer} does not work with {kind.value}: adamw.")
+        if kind == DistributedType.DEEPSPEED:
+            share = self.config.train_batch_size // accelerator.num_processes
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = share
+        return list(accelerator.prepare(model, *optimizers))
 
-    def _load_data(self) -> None:
+    def _open_source(self) -> None:
+        """Bank and batches: by catalogue, or streamed."""
         config, accelerator = self.config, self.accelerator
-        with accelerator.main_process_first():  # one process builds what is missing, the others open it
-            self.catalogues, self.bank = open_data(config, self.pipeline.face_analyzer)
         analyzer = self.pipeline.face_analyzer
-        self.dataset = TrainDataset(self.catalogues, self.bank, config, crop_size=analyzer.crop_size)
-        self.plan = make_plan(self.dataset, config, accelerator.num_processes)
+        ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        if config.streaming:
+            from .stream import StreamedBatches
 
-    def _prepare_crops(self, crops: list) -> Tensor:
-        """Face crops as the image encoder takes them: (K, 3, h, w)."""
-        return self.pipeline.feature_extractor(crops, return_tensors="pt").pixel_values
-
-    # --- the step ----------------------------------------------------------------------------------------
-
-    def train_step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one batch (method section 4) and what is logged of it.
-
-        x_t = (1 - t) x_1 + t x_0          v = x_0 - x_1
-        L = L_diffusion + id_loss_weight L_ID + contrastive_loss_weight L_CL
-        """
-        config, device = self.config, self.device
-        height, width = batch.size
-
-        # 1. Clean latents x_1, noise x_0 and their mixture at t = sigma.
-        pixels = batch.pixel_values.to(device)  # (B, 3, H, W)
-        latents = self._encode_pixels(pixels)  # (B, N, C)
-        noise = self._noise(batch, latents)
-        sigma = sigmas_of(config, batch.uniform, self._mu(height, width)).to(device)  # (B,)
-        noisy_latents = flow.noisy_latents(latents, noise, sigma)
-
-        # 2. What the model sees besides: text, and each person's reference.
-        prompt_embeds, pooled = self._encode_text(batch.prompts)
-        faces = {
-            "embeddings": batch.embeddings.to(device),
-            "image_features": self._image_features(batch),
-            "bboxes": batch.bboxes,
-            "height": height,
-            "width": width,
-            "id_scale": batch.id_scale,
-            "siglip_scale": batch.siglip_scale,
-        }
-        dtype = self.pipeline.transformer.dtype
-        inputs = {
-            "hidden_states": noisy_latents.to(dtype),
-            "timestep": sigma.to(dtype),
-            "encoder_hidden_states": prompt_embeds,
-            "pooled_projections": pooled,
-            "img_ids": self._image_ids(height, width, dtype),
-            "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=dtype),
-        }
-        if self.pipeline.transformer.config.guidance_embeds:
-            inputs["guidance"] = torch.full((len(latents),), config.guidance, device=device, dtype=dtype)
-
-        # 3. The velocity, and the clean estimate that follows from it.
-        with self.accelerator.autocast():
-            velocity = self.model(faces, inputs).float()  # (B, N, C)
-        denoised = flow.denoised(noisy_latents, velocity, sigma)
-
-        # 4. Losses.
-        diffusion = diffusion_loss(velocity, flow.velocity(latents, noise))  # (B,)
-        loss = diffusion.mean()
-        logs = {"diffusion_loss": loss.item()}
-        if config.uses_identity_losses:
-            identity, contrastive, more = self._identity_losses(batch, pixels, denoised, sigma)
-            loss = loss + config.id_loss_weight * identity + config.contrastive_loss_weight * contrastive
-            logs.update(more, id_loss=identity.item(), id_contrastive_loss=contrastive.item())
-        logs["loss"] = loss.item()
-        return loss, logs
-
-    def _identity_losses(
-        self, batch: Batch, pixels: Tensor, denoised: Tensor, sigma: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """L_ID and L_CL, means over the faces looked at on all processes (0 where there is none)."""
-        config = self.config
-        sample, face = self._pick_faces(batch, sigma)  # (K,) each
-        negatives = self._negatives(batch) if config.contrastive_loss_weight > 0 else None
-        count = torch.tensor([len(sample)], device=self.device, dtype=torch.float32)
-        zero = denoised.sum() * 0
-        identity = contrastive = zero
-        if len(sample):
-            kps = batch.kps[sample, face]  # (K, 5, 2)
-            decoded, row = torch.unique(sample, return_inverse=True)
-            with self.accelerator.autocast():
-                pictures = self._decode(denoised[decoded], *batch.size)  # (S, 3, H, W)
-            if config.id_landmarks == "estimate":
-                sample, face, row, kps_estimate = self._detect_on(pictures, batch, sample, face, row)
-            else:
-                kps_estimate = kps
-            kps = batch.kps[sample, face]
-            count = torch.tensor([len(sample)], device=self.device, dtype=torch.float32)
-        if len(sample):
-            # coordinates need full precision: the warp stays outside of autocast
-            aligned = align_face(pictures[row].float(), kps_estimate.to(self.device))  # (K, 3, 112, 112)
-            aligned_target = align_face(pixels[sample], kps.to(self.device))
-            with self.accelerator.autocast():
-                generated = self.recognizer(aligned)  # (K, 512)
-                with torch.no_grad():
-                    target = self.recognizer(aligned_target)  # (K, 512)
-            identity = id_loss(generated, target).sum()
-            if negatives is not None:
-                positive = target
-                if config.contrastive_positive == "reference":
-                    positive = batch.embeddings[sample, face].to(self.device)
-                allowed = None
-                if config.in_batch_negatives:
-                    negatives, allowed = self._with_batch(
-                        negatives, target, batch.identities[sample, face], sample
-                    )
-                contrastive = id_contrastive_loss(
-                    generated, positive, negatives, config.contrastive_temperature, allowed
-                ).sum()
-        # processes see different numbers of faces: divide by the number of all, so that the mean over
-        # processes is right
-        total = self.accelerator.reduce(count, "sum").item() / self.accelerator.num_processes
-        total = max(total, 1e-6) if total > 0 else 1.0
-        logs = {"id_faces": float(count.item())}
-        return identity / total, contrastive / total, logs
-
-    def _pick_faces(self, batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(sample, face) of the faces the identity losses look at: noise low enough, landmarks known, at most
-        `id_faces_per_step` of them, in the random order of `batch.priority`."""
-        known = torch.isfinite(batch.kps).all(-1).all(-1)  # (B, F)
-        low = (sigma.cpu() <= self.config.id_loss_max_sigma)[:, None]  # (B, 1)
-        self.faces["seen"] += int(batch.face_mask.sum())
-        self.faces["without_landmarks"] += int((batch.face_mask & ~known).sum())
-        usable = batch.face_mask & known & low
-        order = torch.where(usable, batch.priority, torch.inf).flatten().argsort(stable=True)
-        order = order[: min(int(usable.sum()), self.config.id_faces_per_step)]
-        return order // usable.shape[1], order % usable.shape[1]
-
-    def _detect_on(
-        self, pictures: Tensor, batch: Batch, sample: Tensor, face: Tensor, row: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Landmarks found on the estimate itself (not GT-aligned): the faces found, and where."""
-        images = (
-            ((pictures.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
-        )
-        found = [self.pipeline.face_analyzer.detect(image.numpy()) for image in images]
-        kps = []
-        for s, f, r in zip(sample.tolist(), face.tolist(), row.tolist(), strict=True):
-            boxes = np.array([d.bbox for d in found[r]], np.float32).reshape(-1, 4)
-            points = np.array([d.kps for d in found[r]], np.float32).reshape(-1, 5, 2)
-            kps.append(match_landmarks(np.array([batch.bboxes[s][f]], np.float32), boxes, points)[0])
-        kps = torch.from_numpy(np.stack(kps))  # (K, 5, 2)
-        keep = torch.isfinite(kps).all(-1).all(-1)
-        self.faces["not_found_on_estimate"] += int((~keep).sum())
-        return sample[keep], face[keep], row[keep], kps[keep]
-
-    def _negatives(self, batch: Batch) -> Tensor:
-        """(M, 512) embeddings of people who are nowhere in the global batch; the same on every process."""
-        identities = torch.full((len(batch.face_mask), self.config.max_faces), -1, dtype=torch.int64)
-        identities[:, : batch.identities.shape[1]] = batch.identities
-        identities = self.accelerator.gather(identities.to(self.device)).cpu().numpy()
-        rng = np.random.default_rng([self.config.seed, 2, self.batch_number])
-        rows = draw_negatives(self.bank, identities, self.config.num_negatives, rng)
-        return torch.from_numpy(np.ascontiguousarray(self.bank.embeddings[rows])).to(self.device)
-
-    def _with_batch(
-        self, negatives: Tensor, target: Tensor, identities: Tensor, sample: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The batch's other people as further negatives: (M + K, 512), and who is somebody else (K, M + K).
-
-        An unidentified face counts as somebody else only within one picture.
-        """
-        identities, sample = identities.to(self.device), sample.to(self.device)
-        known = (identities >= 0)[:, None] & (identities >= 0)[None]
-        other = known & (identities[:, None] != identities[None])
-        together = (sample[:, None] == sample[None]) & ~torch.eye(
-            len(sample), dtype=torch.bool, device=self.device
-        )
-        other = other | (together & ~(known & (identities[:, None] == identities[None])))
-        bank = torch.ones(len(target), len(negatives), dtype=torch.bool, device=self.device)
-        return torch.cat([negatives, target]), torch.cat([bank, other], dim=1)
-
-    # --- parts of the step -------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] as packed latents (B, N, C): the distribution's mode."""
-        vae = self.pipeline.vae
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
-        latents = (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-        return self.pipeline._pack_latents(latents, *latents.shape)
-
-    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Packed latents (B, N, C) as pictures (B, 3, H, W), with gradients."""
-        vae = self.pipeline.vae
-        latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-
-    def _noise(self, batch: Batch, latents: Tensor) -> Tensor:
-        """Every sample's own noise, whatever the batch it is in."""
-        noise = [
-            torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed))
-            for seed in batch.noise_seeds
-        ]
-        return torch.stack(noise).to(latents)
-
-    def _mu(self, height: int, width: int) -> float:
-        if self.config.timestep_shift == "none":
-            return 0.0
-        scheduler = self.pipeline.scheduler.config
-        return flow.shift_mu(
-            height,
-            width,
-            self.config.timestep_shift,
-            pixels_per_token=self.adapter.config.pixels_per_token,
-            base_seq_len=scheduler.get("base_image_seq_len", 256),
-            max_seq_len=scheduler.get("max_image_seq_len", 4096),
-            base_shift=scheduler.get("base_shift", 0.5),
-            max_shift=scheduler.get("max_shift", 1.15),
-        )
-
-    def _image_ids(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        side = self.adapter.config.pixels_per_token
-        return self.pipeline._prepare_latent_image_ids(1, height // side, width // side, self.device, dtype)
-
-    def _text_length(self, prompts: list[str]) -> int:
-        """Text tokens of a batch: the full length, or the first of `text_lengths` that holds every
-        caption."""
-        tokenizer = self.pipeline.tokenizer_2
-        full = min(512, tokenizer.model_max_length)
-        if not self.config.text_lengths:
-            return full
-        longest = max(len(ids) for ids in tokenizer(prompts).input_ids)
-        return min((n for n in self.config.text_lengths if n >= longest), default=full)
-
-    @torch.no_grad()
-    def _encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """(B, L, C) and pooled (B, C) embeddings; captions seen lately are kept."""
-        length = self._text_length(prompts)
-        keys = [(prompt, length) for prompt in prompts]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._text]
-        if missing:
-            embeds, pooled, _ = self.pipeline.encode_prompt(
-                prompt=[prompt for prompt, _ in missing],
-                prompt_2=None,
-                device=self.device,
-                max_sequence_length=length,
+            pack = PackReader(analyzer) if config.complete_records else None
+            with accelerator.main_process_first():
+                self.bank = open_bank_of(config, pack)
+            self.source = StreamedBatches(
+                config, self.bank, analyzer, prepare=self.frozen.prepare_crops, **ranks
             )
-            self._text.update({key: (embeds[i], pooled[i]) for i, key in enumerate(missing)})
-        rows = [self._text[key] for key in keys]
-        for key in keys:
-            self._text.move_to_end(key)
-        while len(self._text) > self.config.text_cache_size:
-            self._text.popitem(last=False)
-        return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+            return
+        with accelerator.main_process_first():  # one process builds what is missing, the others open it
+            catalogues, self.bank = open_data(config, analyzer)
+        dataset = TrainDataset(catalogues, self.bank, config, crop_size=analyzer.crop_size)
+        self.source = PlannedBatches(dataset, config, prepare=self.frozen.prepare_crops, **ranks)
 
-    @torch.no_grad()
-    def _image_features(self, batch: Batch) -> Tensor | None:
-        """(B, F, T, C) image features of the references; None where no sample uses the sig branch."""
-        if not (batch.siglip_scale > 0).any():
-            return None
-        features = None if batch.features is None else batch.features.to(self.device)
-        if batch.crop_pixels is None:
-            return features
-        encoder = self.pipeline.image_encoder
-        fresh = encoder(
-            batch.crop_pixels.to(self.device, encoder.dtype)
-        ).last_hidden_state.float()  # (K, T, C)
-        if features is None:
-            features = fresh.new_zeros(*batch.face_mask.shape, *fresh.shape[1:])
-        features[(batch.face_mask & batch.has_crops[:, None]).to(self.device)] = fresh
-        return features
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the adapter's parameters are spread over the processes (FSDP2)."""
+        return any(type(p).__name__ == "DTensor" for p in self.adapter.parameters())
+
+    @property
+    def faces(self) -> Counter[str]:
+        return self.train_step.faces
 
     # --- the run -----------------------------------------------------------------------------------------
 
@@ -479,7 +192,8 @@ class Trainer:
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / "config.yaml").write_text(dump_config(config))
-            self._truncate_log()
+            for name in (runlog.LOG, runlog.VALIDATION):
+                runlog.truncate(self.output_dir / name, self.step)
         if config.report_to:
             settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
             accelerator.init_trackers("withanyone", config=settings)
@@ -488,18 +202,15 @@ class Trainer:
             "%.2f M parameters to train, step %d of %d", trainable / 1e6, self.step, config.max_train_steps
         )
         batches = self._batches()
-        last_save, self._clock = time.monotonic(), deque([(time.monotonic(), self.step)], maxlen=20)
-        averages: dict[str, float] = {}
+        last_save = time.monotonic()
+        progress = runlog.Progress(self.step, config.max_train_steps, config.log_steps)
+        if self.step and not self._is_validated():  # stopped between the checkpoint and its validation
+            self._validate()
         while self.step < config.max_train_steps:
             logs = self._optimizer_step(batches)
             self.step += 1
-            for name, value in logs.items():
-                averages[name] = (
-                    value if name not in averages else averages[name] + 0.05 * (value - averages[name])
-                )
             self._log(logs)
-            if self.step % config.log_steps == 0:
-                self._report(averages)
+            progress.update(self.step, logs, self.bad)
             due = (
                 config.checkpointing_minutes
                 and time.monotonic() - last_save > 60 * config.checkpointing_minutes
@@ -518,16 +229,7 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """This process's batches from where the run stands, for ever."""
         start = self.step * self.config.gradient_accumulation_steps
-        loader = make_loader(
-            self.dataset,
-            self.plan,
-            start=start,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            num_workers=self.config.dataloader_num_workers,
-            prepare=self._prepare_crops,
-        )
-        for number, batch in enumerate(loader, start):
+        for number, batch in enumerate(self.source.batches(start), start):
             self.batch_number = number
             self._count_reads(batch)
             yield batch
@@ -542,11 +244,13 @@ class Trainer:
         sums: Counter[str] = Counter()
         for _ in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(self.model):
-                loss, logs = self.train_step(next(batches))
+                batch = next(batches)
+                loss, logs = self.train_step(batch, self.batch_number)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.adapter.parameters(), config.max_grad_norm)
-                    logs["grad_norm"] = float(norm) * config.gradient_accumulation_steps
+                    if norm is not None:  # DeepSpeed clips by itself
+                        logs["grad_norm"] = float(whole(norm)) * config.gradient_accumulation_steps
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -570,9 +274,10 @@ class Trainer:
                 self.ema[name].lerp_(parameter.detach(), 1 - decay)
 
     def _count_reads(self, batch: Batch) -> None:
+        """Stops the run where too many records were passed over (choices of the released rule aside)."""
         self.reads += len(batch.positions) + len(batch.bad)
         self.bad.update(batch.bad)
-        damaged = sum(n for reason, n in self.bad.items() if reason != "reference_dropped")
+        damaged = self.bad.total() - self.bad["reference_dropped"]
         if self.reads >= MIN_READS and damaged > self.config.max_bad_share * self.reads:
             raise ValueError(
                 f"`shards`: {damaged} of {self.reads} records read were damaged, more than `max_bad_share` "
@@ -587,69 +292,69 @@ class Trainer:
         broadcast_object_list(answer)
         return answer[0]
 
-    # --- log ---------------------------------------------------------------------------------------------
-
     def _log(self, logs: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with (self.output_dir / LOG).open("a") as stream:
-                stream.write(json.dumps({"step": self.step, **logs}) + "\n")
+            runlog.append_line(self.output_dir / runlog.LOG, {"step": self.step, **logs})
         if self.config.report_to:
             self.accelerator.log(logs, step=self.step)
-
-    def _truncate_log(self) -> None:
-        """Drops the lines of steps after the checkpoint that the run goes on from."""
-        path = self.output_dir / LOG
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def _report(self, averages: dict[str, float]) -> None:
-        now = time.monotonic()
-        begin, first = self._clock[0]
-        self._clock.append((now, self.step))
-        speed = (self.step - first) / max(now - begin, 1e-9)
-        left = (self.config.max_train_steps - self.step) / max(speed, 1e-9)
-        values = " ".join(f"{k} {v:.4g}" for k, v in averages.items() if k != "learning_rate")
-        logger.info(
-            "step %d/%d  %s  %.2f steps/s  %d:%02d left%s",
-            self.step, self.config.max_train_steps, values, speed, left // 60, left % 60,
-            f"  passed over: {dict(self.bad)}" if self.bad else "",
-        )  # fmt: skip
 
     # --- keeping -----------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of this step, if there is none."""
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            tensors = {"adapter": self.adapter.state_dict()}
-            if self.ema is not None:
-                tensors["ema"] = self.ema
+        """A checkpoint of this step, if there is none. Every process must call it."""
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()
+        root = self.output_dir / "checkpoints"
+        partial = root / f"step_{self.step:08d}.partial"
+        if accelerator.is_main_process:
+            partial = begin_checkpoint(root, self.step)
+        states = [self.source.state()]
+        counts = [(self.reads, self.bad, self.faces)]
+        if accelerator.num_processes > 1:
+            states, counts = gather_object(states), gather_object(counts)
+        reads, bad, faces = (sum(parts[1:], parts[0]) for parts in zip(*counts, strict=True))
+        tensors = {"adapter": self._whole(dict(self.adapter.named_parameters()))}
+        if self.ema is not None:
+            tensors["ema"] = self._whole(self.ema)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            accelerator.wait_for_everyone()
+            self.model.save_checkpoint(str(partial), tag="deepspeed", exclude_frozen_parameters=True)
+        else:
             for k, (optimizer, names) in enumerate(zip(self.optimizers, self.optimizer_names, strict=True)):
                 tensors[f"optimizer_{k}"] = flatten_optimizer(optimizer.optimizer, names)
+        if accelerator.is_main_process:
             state = {
                 "config": dataclasses.asdict(self.config),
-                "reads": self.reads,
-                "bad": dict(self.bad),
-                "faces": dict(self.faces),
+                "reads": reads,
+                "bad": dict(bad),
+                "faces": dict(faces),
+                "stream": states,
             }
-            root = self.output_dir / "checkpoints"
-            save_checkpoint(root, self.step, tensors, state, self.config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+            finish_checkpoint(partial, self.step, tensors, state, self.config.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: whole(tensor.detach()) for name, tensor in tensors.items()}
 
     def _resume(self) -> None:
         folder = find_checkpoint(self.output_dir / "checkpoints", self.config.resume_from_checkpoint)
         if folder is None:
             return
         tensors, state = load_checkpoint(folder)
-        self.adapter.load_state_dict(tensors["adapter"], strict=True)
+        load_weights(self.adapter, tensors["adapter"])
         if self.ema is not None:
-            self.ema = {n: t.to(self.device) for n, t in tensors.get("ema", tensors["adapter"]).items()}
-        for k, (optimizer, names) in enumerate(zip(self.optimizers, self.optimizer_names, strict=True)):
-            restore_optimizer(optimizer.optimizer, names, tensors[f"optimizer_{k}"])
-        self.step, self.reads = state["step"], state["reads"]
-        self.bad, self.faces = Counter(state["bad"]), Counter(state["faces"])
+            saved = tensors.get("ema", tensors["adapter"])
+            self.ema = {name: like(saved[name], own) for name, own in self.ema.items()}
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.model.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=True)
+        else:
+            for k, (optimizer, names) in enumerate(zip(self.optimizers, self.optimizer_names, strict=True)):
+                restore_optimizer(optimizer.optimizer, names, tensors[f"optimizer_{k}"])
+        self.step = state["step"]
+        if self.accelerator.is_main_process:  # counts are sums over the processes
+            self.reads, self.bad = state["reads"], Counter(state["bad"])
+            self.faces.update(state["faces"])
+        self.source.load_state(state.get("stream", []))
         mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
         changed = [k for k, v in mine.items() if state["config"].get(k, v) != v]
         if changed:
@@ -657,49 +362,93 @@ class Trainer:
         logger.info("going on from %s", folder)
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The adapter with its moving average inside the block, with its own weights after it."""
+    def averaged_adapter(self) -> Iterator[FaceAdapter]:
+        """An adapter with the moving average (or, without one, the weights) for reading.
+
+        It is the adapter itself, attached as ever, where its parameters are whole on this process, and a
+        copy in its place where they are sharded. Every process must enter.
+        """
+        if self.is_sharded:
+            weights = self._whole(self.ema or dict(self.adapter.named_parameters()))
+            copy = FaceAdapter.from_config(self.adapter.config).to(self.device)
+            load_weights(copy, weights)
+            copy.attach(self.pipeline.transformer)
+            self.pipeline.register_modules(face_adapter=copy)
+            try:
+                yield copy
+            finally:
+                self.adapter.attach(self.pipeline.transformer)
+                self.pipeline.register_modules(face_adapter=self.adapter)
+            return
         if self.ema is None:
-            yield
+            yield self.adapter
             return
         own = {name: p.detach().clone() for name, p in self.adapter.named_parameters()}
         try:
-            self.adapter.load_state_dict(self.ema, strict=True)
-            yield
+            load_weights(self.adapter, self.ema)
+            yield self.adapter
         finally:
-            self.adapter.load_state_dict(own, strict=True)
+            load_weights(self.adapter, own)
 
     def export(self) -> Path:
         """Writes the averaged adapter in diffusers' layout (OUT/adapter) and in the released one."""
         folder = self.output_dir / "adapter"
-        if self.accelerator.is_main_process:
-            with self.averaged_weights():
-                export = FaceAdapter.from_config(self.adapter.config)
-                export.load_state_dict(self.adapter.state_dict(), strict=True)
-            export.to(DTYPES[self.config.export_dtype])
-            export.save_pretrained(folder)
-            both = len(export.branches) == 2
-            export.save_single_file(
-                self.output_dir / ("withanyone.safetensors" if both else "ipa.safetensors")
-            )
-            logger.info(
-                "%s: faces seen %s; finished adapter in %s", self.output_dir, dict(self.faces), folder
-            )
+        with self.averaged_adapter() as adapter:
+            if self.accelerator.is_main_process:
+                export = self._export_copy(adapter)
+                export.save_pretrained(folder)
+                both = len(export.branches) == 2
+                export.save_single_file(
+                    self.output_dir / ("withanyone.safetensors" if both else "ipa.safetensors")
+                )
+                logger.info(
+                    "%s: faces seen %s; finished adapter in %s", self.output_dir, dict(self.faces), folder
+                )
         self.accelerator.wait_for_everyone()
         return folder
 
+    def _export_copy(self, adapter: FaceAdapter) -> FaceAdapter:
+        export = FaceAdapter.from_config(adapter.config)
+        load_weights(export, dict(adapter.named_parameters()))
+        return export.to(DTYPES[self.config.export_dtype])
+
+    # --- validation --------------------------------------------------------------------------------------
+
+    def _is_validated(self) -> bool:
+        """Whether this step's validation, if one is due, has been written down."""
+        if not self.config.validation_steps or self.step % self.config.validation_steps:
+            return True
+        done = False
+        if self.accelerator.is_main_process:
+            rows = runlog.read_lines(self.output_dir / runlog.VALIDATION)
+            done = any(row["step"] == self.step for row in rows)
+        return self._agree(done)
+
     def _validate(self) -> None:
-        if self.accelerator.is_main_process and self.config.validation_cases:
-            out = self.output_dir / "samples" / f"step_{self.step:08d}.png"
-            self.adapter.eval()
-            with self.averaged_weights(), self.accelerator.autocast():
-                scores = validate(
-                    self.pipeline, self.config.validation_cases, self.config.validation_count, out
-                )
-            self.adapter.train()
-            logger.info("validation at step %d: %s", self.step, {k: round(v, 4) for k, v in scores.items()})
-            with (self.output_dir / "validation.jsonl").open("a") as stream:
-                stream.write(json.dumps({"step": self.step, **scores}) + "\n")
-            if self.config.report_to:
-                self.accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=self.step)
+        """Scores and pictures of the fixed cases, by the averaged adapter; the best one is kept."""
+        config = self.config
+        if not config.validation_cases:
+            return
+        out = self.output_dir / "samples" / f"step_{self.step:08d}.png"
+        with self.averaged_adapter() as adapter:
+            if self.accelerator.is_main_process:
+                adapter.eval()
+                with self.accelerator.autocast():
+                    scores = validate(self.pipeline, config.validation_cases, config.validation_count, out)
+                adapter.train()
+                if self.best.is_better(scores):
+                    self.best.keep(self._export_copy(adapter), self.step, scores)
+                    logger.info("step %d is the best so far by %s", self.step, config.best_metric)
+                self._report_validation(scores, out)
         self.accelerator.wait_for_everyone()
+
+    def _report_validation(self, scores: dict[str, float], sheet: Path) -> None:
+        shown = {k: round(v, 4) for k, v in scores.items()}
+        logger.info("validation at step %d: %s", self.step, shown)
+        for tracker in self.accelerator.trackers:
+            tracker.log({f"validation/{k}": v for k, v in scores.items()}, step=self.step)
+            if hasattr(tracker, "log_images"):
+                picture = np.asarray(Image.open(sheet).convert("RGB"))[None]  # (1, H, W, 3)
+                tracker.log_images({"validation/pictures": picture}, step=self.step)
+        # last: the line says that this step's validation is done
+        runlog.append_line(self.output_dir / runlog.VALIDATION, {"step": self.step, **scores})

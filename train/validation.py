@@ -8,17 +8,20 @@ good for watching a run and for choosing among its checkpoints, not for reportin
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from withanyone import Face, WithAnyonePipeline
+from withanyone import Face, FaceAdapter, WithAnyonePipeline
 from withanyone.bench import metrics
 
 from .catalogue import box_iou
+from .config import BEST_OF
 
 MIN_IOU = 0.2  # a found face counts for a person whose box it overlaps at least so much
 
@@ -59,10 +62,13 @@ def face_in_box(faces: list[Face], bbox: tuple[float, ...]) -> Face | None:
 
 
 def score_case(pipeline: WithAnyonePipeline, case: Case, picture: Image.Image) -> list[dict[str, float]]:
-    """A row a person: found, sim_gt, sim_ref (0 where no face was found), and copy_paste where one was."""
+    """A row a person: found, sim_gt, sim_ref (0 where no face was found), and copy_paste where one was.
+
+    In a picture of several found people every row has the picture's blending.
+    """
     analyzer = pipeline.face_analyzer
     made, there = analyzer.detect(picture), analyzer.detect(case.target)
-    rows = []
+    rows, generated, references = [], [], []
     for bbox, photo in zip(case.bboxes, case.references, strict=True):
         reference, target = analyzer.detect(photo, max_faces=1), face_in_box(there, bbox)
         if not reference or target is None:
@@ -74,7 +80,13 @@ def score_case(pipeline: WithAnyonePipeline, case: Case, picture: Image.Image) -
             row["sim_gt"] = float(metrics.sim(g, t)[0])
             row["sim_ref"] = float(metrics.sim(g, r)[0])
             row["copy_paste"] = float(metrics.copy_paste(g, t, r)[0])
+            generated.append(found.embedding)
+            references.append(reference[0].embedding)
         rows.append(row)
+    if len(generated) > 1:
+        g, r = np.stack(generated), np.stack(references)
+        blending = metrics.blending(g, r, metrics.assign_faces(g, r))
+        rows = [{**row, "blending": blending} for row in rows]
     return rows
 
 
@@ -110,5 +122,41 @@ def validate(pipeline: WithAnyonePipeline, cases: str, count: int, out: Path) ->
         rows.append([*case.references, case.target, picture])
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows).save(out)
-    names = ("found", "sim_gt", "sim_ref", "copy_paste")
+    names = ("found", "sim_gt", "sim_ref", "copy_paste", "blending")
     return {n: float(np.mean([s[n] for s in scores if n in s])) for n in names if any(n in s for s in scores)}
+
+
+@dataclass
+class Best:
+    """The best adapter so far, by one of the validation's means: `folder` in diffusers' layout and best.json.
+
+    An adapter whose `sim_gt` is below `min_sim_gt` is never the best: one that is blind to faces copies
+    nothing.
+    """
+
+    folder: Path
+    metric: str | None
+    min_sim_gt: float = 0.0
+    row: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        path = self.folder / "best.json"
+        if path.exists():
+            self.row = json.loads(path.read_text())
+
+    def is_better(self, scores: dict[str, float]) -> bool:
+        """Whether `scores` beat what is kept. Equal ones do not."""
+        if self.metric is None or self.metric not in scores or scores.get("sim_gt", 0.0) < self.min_sim_gt:
+            return False
+        sign = BEST_OF[self.metric]
+        return self.metric not in self.row or sign * scores[self.metric] > sign * self.row[self.metric]
+
+    def keep(self, adapter: FaceAdapter, step: int, scores: dict[str, float]) -> None:
+        """Puts `adapter` in the place of the best one; written aside and renamed."""
+        self.row = {"step": step, **scores}
+        partial = self.folder.with_name(self.folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        adapter.save_pretrained(partial)
+        (partial / "best.json").write_text(json.dumps(self.row, indent=1))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(partial, self.folder)
