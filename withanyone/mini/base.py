@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import logging
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from types import FrameType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
@@ -282,6 +284,39 @@ class Optimizers:
             part.load_state_dict({**part.state_dict(), "state": state})
 
 
+# Several processes (torchrun): each has batches of its own, gradients are averaged, rank 0 writes.
+
+RANK_STRIDE = 10_000_019  # between the seeds of two ranks
+
+
+def join_processes() -> None:
+    """Joins the group that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+
+
+def rank() -> int:
+    """Number of this process, 0 where it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Every process gets the mean gradient; it travels in bf16. A parameter without one counts as 0."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat(
+        [
+            torch.zeros(p.numel(), dtype=torch.bfloat16) if p.grad is None else p.grad.flatten().bfloat16()
+            for p in parameters
+        ]
+    )
+    dist.all_reduce(flat)
+    flat = flat.float().div_(dist.get_world_size())
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
 def position_ids(bucket: Bucket, text_length: int) -> tuple[Tensor, Tensor]:
     """FluxPipeline's img_ids (T, 3) (0, row, column) and txt_ids (L, 3) of zeros."""
     rows, columns = bucket.height // PATCH, bucket.width // PATCH
@@ -363,8 +398,8 @@ class Trainer:
         self.empty_ids = models.token_ids([""])[0]
 
     def step(self, step: int, learning_rate: float, average_decay: float) -> float:
-        """One optimiser step; everything random follows from (seed, step). Returns the loss."""
-        rng, generator = step_rng(self.seed, step)
+        """One optimiser step; everything random follows from (seed, step, rank). Returns the loss."""
+        rng, generator = step_rng(self.seed + RANK_STRIDE * rank(), step)
         # 1. A batch of one size, captions dropped here and there.
         buckets = list(SHARES)
         bucket = buckets[int(rng.choice(len(buckets), p=bucket_shares(step)))]
@@ -403,6 +438,7 @@ class Trainer:
         for parameter in parameters:
             parameter.grad = None
         loss.backward()
+        average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizers.set_learning_rate(learning_rate)
         self.optimizers.step()
@@ -418,7 +454,7 @@ class Trainer:
         if self.adapter is not None:
             modules |= {"adapter": self.adapter, "adapter_average": self.adapter_average}
             config["face_share"] = FACE_SHARE
-        loop = TrainingLoop(folder, OPEN_END, modules, self.optimizers, config)
+        loop = TrainingLoop(folder, OPEN_END, modules, self.optimizers, config, writes=rank() == 0)
         loop.steps = steps
         return loop
 
@@ -685,6 +721,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     start_part(args)
+    join_processes()
     # Plain products in bf16 are faster on a CPU than the fused attention at these sizes.
     torch.backends.cuda.enable_flash_sdp(False)
     models = TextModels.from_pretrained(args.pretrained)
@@ -710,7 +747,7 @@ def _run(args: argparse.Namespace) -> None:
 
     def watch(offset: int) -> Callable[[int], None]:
         def every(step: int) -> None:
-            if step % args.sheet_steps:
+            if step % args.sheet_steps or rank():
                 return
             line = json.dumps({"step": offset + step, **errors(48)})
             with (args.out / "errors.jsonl").open("a") as file:
@@ -733,6 +770,8 @@ def _run(args: argparse.Namespace) -> None:
         first + args.steps,
         watch(first + args.steps),
     )
+    if rank():
+        return
     export(trainer.average, args.pretrained, trainer.adapter_average)
     hours = (trunk.elapsed + branch.elapsed) / 3600
     told = {"steps": first + args.steps + args.cooldown, "training_hours_since_init": round(hours, 2)}

@@ -49,6 +49,7 @@ class TrainingLoop:
         optimizer: its state is saved with the modules; its settings are the caller's (set them each step).
         config: what defines the run. A checkpoint of another config is refused.
         save_seconds: time between two checkpoints.
+        writes: whether this process saves and reports; of several that train together, one does.
 
     Raises:
         ValueError: the folder holds a checkpoint of a run with another config.
@@ -64,6 +65,7 @@ class TrainingLoop:
         *,
         save_seconds: float = 120.0,
         log_seconds: float = 20.0,
+        writes: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.steps = steps
@@ -72,6 +74,7 @@ class TrainingLoop:
         self.config = json.loads(json.dumps({**config, "steps": steps}))
         self.save_seconds = save_seconds
         self.log_seconds = log_seconds
+        self.writes = writes
         self.step = 0
         self.averages: dict[str, float] = {}
         self.elapsed = 0.0
@@ -87,7 +90,7 @@ class TrainingLoop:
             self.step += 1
             now = time.monotonic()
             self.elapsed = before + now - started
-            if now - logged >= self.log_seconds:
+            if self.writes and now - logged >= self.log_seconds:
                 logged = now
                 per_step = (now - started) / (self.step - first)
                 values = " ".join(f"{name} {value:.4g}" for name, value in self.averages.items())
@@ -108,6 +111,8 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Writes the checkpoint; the old one stays until the new one is whole."""
+        if not self.writes:
+            return
         tensors: dict[str, Tensor] = {}
         for name, module in self.modules.items():
             tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
