@@ -386,6 +386,19 @@ def test_an_unknown_transformer_is_refused(adapter):
 
 
 @torch.no_grad()
+def test_a_subclass_of_the_transformer_is_as_good(adapter, transformer):
+    """fully_shard and others make a class of their own of each model."""
+    inputs = call(1, *SIZE)
+    conditioning = adapter.encode(*faces_for(ONE), ONE, *SIZE)
+    adapter.attach(transformer)
+    expected = with_faces(transformer, conditioning, **inputs)
+    other = tiny.transformer(guidance_embeds=False)
+    other.__class__ = type("Sharded", (FluxTransformer2DModel,), {})
+    adapter.attach(other)
+    assert torch.equal(with_faces(other, conditioning, **inputs), expected)
+
+
+@torch.no_grad()
 def test_first_block_cache_over_the_adapter_replays_it_once(adapter, transformer):
     """Identical steps: what the cache replays is what it computed."""
     inputs = call(1, *SIZE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 
 import pytest
 import torch
@@ -92,6 +93,29 @@ def test_pixels_per_token_come_from_the_caller_or_the_files_own_metadata(tmp_pat
     assert FaceAdapter.from_single_file(tmp_path / "out.safetensors").config.pixels_per_token == 32
 
 
+def test_heads_of_another_width_come_back_from_the_files_own_metadata(tmp_path):
+    """A file's shapes do not tell heads of 32 from half as many of 64."""
+    torch.manual_seed(0)
+    config = {"hidden_size": WIDTH, "num_blocks": 2, "inner_dim": 128, "head_dim": 32}
+    adapter = FaceAdapter(**config, image_feature_dim=FEATURES, id_hidden_size=64)
+    adapter.save_single_file(tmp_path / "out.safetensors")
+    again = FaceAdapter.from_single_file(tmp_path / "out.safetensors")
+    assert again.config.head_dim == 32
+    for a, b in zip(encoded(adapter), encoded(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_metadata_of_other_tools_is_passed_over_and_sizes_that_are_none_are_refused(tmp_path, state):
+    path = tmp_path / "file.safetensors"
+    for config in ("[1, 2]", '"words"', '{"model": "other"}'):
+        save_file(state, path, metadata={"config": config})
+        assert FaceAdapter.from_single_file(path).config.pixels_per_token == 16
+    for config, message in (("{", "not JSON"), ('{"head_dim": "64"}', "`head_dim` '64'.*1 or more")):
+        save_file(state, path, metadata={"config": config})
+        with pytest.raises(ValueError, match=message):
+            FaceAdapter.from_single_file(path)
+
+
 def test_unused_siglip_of_the_arc_branch_is_kept_logged_and_written_back(tmp_path, state, caplog):
     whole = state | unused_siglip("_arc")
     with caplog.at_level(logging.INFO, logger="withanyone.adapter"):
@@ -130,6 +154,18 @@ def test_branches_of_two_bases_do_not_merge(tmp_path, state):
     sig = write(tmp_path, single(other, "sig"), "sig.safetensors")
     with pytest.raises(ValueError, match="do not go together: `num_blocks` is 3 in .*arc.* and 4 in .*sig"):
         FaceAdapter.merge_branches(arc, sig)
+
+
+def test_branches_whose_files_say_different_patches_do_not_merge(tmp_path, state):
+    for branch, pixels in (("arc", 16), ("sig", 32)):
+        path = write(tmp_path, single(state, branch))
+        adapter = FaceAdapter.from_single_file(path, branch=branch, pixels_per_token=pixels)
+        adapter.save_single_file(tmp_path / f"{branch}.safetensors")
+    with pytest.raises(ValueError, match="`pixels_per_token` is 16 in .*arc.* and 32 in .*sig"):
+        FaceAdapter.merge_branches(tmp_path / "arc.safetensors", tmp_path / "sig.safetensors")
+    silent = write(tmp_path, single(state, "arc"))  # a training checkpoint says nothing of it
+    merged = FaceAdapter.merge_branches(silent, tmp_path / "sig.safetensors")
+    assert merged.config.pixels_per_token == 32
 
 
 def test_a_file_of_kes_shape_is_the_branch_the_caller_says(tmp_path, state):
@@ -174,6 +210,7 @@ def plus(key, *shape):
         ),
         (plus("ipa_arc.1.to_k.weight", 4, 4), r"1 unexpected: ipa_arc\.1\.to_k\.weight"),
         (plus("siglip_in_arm.0.weight", 4, 4), r"1 unexpected: siglip_in_arm\.0\.weight"),
+        (plus("ipa_arc.900000000.to_q.weight", 4), r"1 unexpected: ipa_arc\.900000000\.to_q\.weight"),
         (plus("ipa_sig.0.to_out.weight", 48, 64), r"to_out\.weight \(48, 64\) instead of \(48, 128\)"),
         (plus("ipa_arc.0.norm1.weight", 50), r"ipa_arc\.0\.norm1\.weight \(50,\) instead of \(48,\)"),
         (
@@ -206,6 +243,13 @@ def test_a_truncated_file_says_so(tmp_path, state):
         path.write_bytes(data[:length])
         with pytest.raises(ValueError, match="not a whole safetensors file.*cut off"):
             FaceAdapter.from_single_file(path)
+
+
+def test_a_git_lfs_pointer_says_so(tmp_path):
+    path = tmp_path / "withanyone.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer.*git lfs pull"):
+        FaceAdapter.from_single_file(path)
 
 
 class Bomb:
@@ -245,6 +289,49 @@ def test_folder_out_and_in_is_bit_equal_with_its_config(tmp_path, state):
         assert torch.equal(a, b)
     again.save_single_file(tmp_path / "out.safetensors")
     assert_same(load_file(tmp_path / "out.safetensors"), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "message"),
+    [
+        (without("ipa_arc.1.to_q.weight"), "ipa_arc.1.to_q.weight", "1 missing: "),
+        (plus("ipa_arc.1.to_k.weight", 4, 4), "ipa_arc.1.to_k.weight", "1 unexpected: "),
+        (plus("ipa_sig.0.to_out.weight", 48, 64), "ipa_sig.0.to_out.weight", "1 of another shape: "),
+    ],
+)
+def test_a_folders_weights_are_loaded_strictly(tmp_path, state, monkeypatch, change, key, message):
+    """diffusers alone would make up what is missing, and warn."""
+    store = HubStore(tmp_path / "hub", monkeypatch)
+    adapter = FaceAdapter.from_single_file(write(tmp_path, state))
+    adapter.save_pretrained(tmp_path / "adapter", push_to_hub=True, repo_id="someone/adapter")
+    for folder in (tmp_path / "adapter", store.repo("someone/adapter")):
+        write(folder, change(state), "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(message + key)):
+        FaceAdapter.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=re.escape(message + key)):
+        FaceAdapter.from_pretrained(tmp_path, subfolder="adapter")
+    with pytest.raises(ValueError, match=re.escape(key)):
+        FaceAdapter.from_pretrained("someone/adapter")
+
+
+def test_a_folder_cut_off_or_pickled_is_refused(tmp_path, state):
+    FaceAdapter.from_single_file(write(tmp_path, state)).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file.*cut off"):
+        FaceAdapter.from_pretrained(tmp_path / "adapter")
+    path.unlink()
+    torch.save({"a": Bomb()}, path.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="has no diffusion_pytorch_model.safetensors"):
+        FaceAdapter.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="`use_safetensors` is False.*pickle"):
+        FaceAdapter.from_pretrained(tmp_path / "adapter", use_safetensors=False)
+
+
+def test_loading_info_is_given_on_request(tmp_path, state):
+    FaceAdapter.from_single_file(write(tmp_path, state)).save_pretrained(tmp_path / "adapter")
+    adapter, info = FaceAdapter.from_pretrained(tmp_path / "adapter", output_loading_info=True)
+    assert isinstance(adapter, FaceAdapter) and not info["missing_keys"]
 
 
 def test_a_folder_of_one_branch_out_and_in(tmp_path, state):

@@ -17,10 +17,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tests import tiny
-from withanyone import WithAnyonePipeline
+from withanyone import FaceAdapter, WithAnyonePipeline
 from withanyone.adapter import add_faces, parameter_table, transformer_blocks
 
 CPU = torch.device("cpu")
@@ -182,6 +182,39 @@ def test_int8_by_from_pretrained(tiny_model):
     )
 
 
+def dequantised_adapter(quantised) -> FaceAdapter:
+    """A plain adapter with the values that a quantised one stands for."""
+    adapter = tiny.face_adapter()
+    state = {
+        name: weight.dequantize() if hasattr(weight, "qdata") else weight.float()
+        for name, weight in quantised.state_dict().items()
+    }
+    adapter.load_state_dict(state)
+    assert not torch.equal(
+        adapter.ipa_arc[0].to_q.weight, tiny.face_adapter(to_out_std=0.3).ipa_arc[0].to_q.weight
+    )
+    return adapter
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_quantised_adapter(plain, kind, offload):
+    """Its projections cannot be folded into the keys, and its weights stay on the device for that."""
+    adapter = tiny.face_adapter(to_out_std=0.3)
+    if kind == "int8":
+        quantize_(adapter, Int8WeightOnlyConfig())
+    else:
+        adapter.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    expected = run(tiny.pipeline(face_adapter=dequantised_adapter(adapter)))
+    pipe = tiny.pipeline(face_adapter=adapter)
+    in_loop = {part.name for part in adapter.parts() if part.in_loop}
+    assert {"ipa_arc.*.to_q", "ipa_arc.*.to_out"} <= in_loop
+    if offload:
+        pipe.enable_model_cpu_offload(device="cpu")
+    assert np.abs(run(pipe) - expected).max() < 1e-4
+    assert 1e-5 < np.abs(expected - plain).max() < 0.3
+
+
 # Step caches
 
 CACHES = {
@@ -302,6 +335,34 @@ def test_group_offload_of_the_transformer_alone(plain):
     pipe = tiny.pipeline()
     pipe.transformer.enable_group_offload(CPU, CPU, offload_type="leaf_level")
     assert np.array_equal(run(pipe), plain)
+    assert pipe._is_offloaded
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_faces_added_to_a_pipeline_that_is_offloaded_already(plain, name):
+    flux = FluxPipeline(**tiny.flux_components())
+    OFFLOADS[name](flux)
+    parts = {"image_encoder": tiny.image_encoder(), "feature_extractor": tiny.feature_extractor()}
+    pipe = WithAnyonePipeline.from_pipe(flux, face_adapter=tiny.face_adapter(to_out_std=0.3), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe._is_offloaded
+    for _ in range(2):
+        assert np.array_equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_layerwise_casting_of_the_transformer(early):
+    """Storage in 8 bits, whether it comes before or after the adapter is attached."""
+    transformer = tiny.transformer()
+    if early:
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    pipe = tiny.pipeline(transformer=transformer)
+    if not early:
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    rounded = tiny.transformer()
+    rounded.load_state_dict({name: weight.float() for name, weight in transformer.state_dict().items()})
+    assert np.abs(run(pipe) - run_inside(with_faces_inside(pipe, rounded), pipe)).max() < 1e-4
 
 
 @pytest.mark.parametrize("offload", ["model", "group", "none"])

@@ -10,12 +10,29 @@ import importlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
+from .checkpoint import open_safetensors, refuse_pickles
+
 FACE_COMPONENTS = ("face_adapter", "face_analyzer", "image_encoder", "feature_extractor")
+# What a part's folder has to hold, one file of each group. Without it some libraries make a part up.
+_MODEL_FILES = (("config.json",), ("*.safetensors",))
+_TOKENIZER_FILES = (("tokenizer.json", "vocab.json", "spiece.model"),)
+PART_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "face_adapter": _MODEL_FILES,
+    "image_encoder": _MODEL_FILES,
+    "text_encoder": _MODEL_FILES,
+    "text_encoder_2": _MODEL_FILES,
+    "tokenizer": _TOKENIZER_FILES,
+    "tokenizer_2": _TOKENIZER_FILES,
+    "transformer": _MODEL_FILES,
+    "vae": _MODEL_FILES,
+}
 # Never fetched: pickles and other frameworks' weights, and half-precision doubles that nobody asked for.
 FOREIGN_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5"]
 VARIANTS = ["*.fp16.*", "*.bf16.*", "*.fp16-*", "*.bf16-*"]
@@ -33,8 +50,9 @@ class LoadingMixin(DiffusionPipeline):
         `image_encoder=`, `feature_extractor=` (None for a pipeline that goes without).
 
         Raises:
-            ValueError: no pipeline there, or a part is missing; the message names it.
+            ValueError: no pipeline there, or a part is missing or damaged; the message names it.
         """
+        refuse_pickles(kwargs)
         source = os.path.expanduser(os.fspath(pretrained_model_name_or_path))
         if os.path.isdir(source):
             folder = source
@@ -43,16 +61,15 @@ class LoadingMixin(DiffusionPipeline):
         else:
             folder = cls.download(source, **kwargs)
         index = read_index(folder, cls.config_name, source)
-        check_parts(index, folder, source, given=kwargs.keys(), needed=cls._get_signature_keys(cls)[0])
+        parts = check_parts(
+            index, folder, source, given=kwargs.keys(), needed=cls._get_signature_keys(cls)[0]
+        )
         for library in own_modules(index):
-            # diffusers looks for classes only in modules that are imported; this package's are ours to
-            # import.
+            # diffusers looks only in modules that are imported already.
             importlib.import_module(library)
-        if not kwargs.setdefault("use_safetensors", True):
-            raise ValueError(
-                "`use_safetensors` is False, but pickled weights are never read; convert them first."
-            )
         pipeline = super().from_pretrained(folder, **kwargs)
+        if kwargs.get("device_map") is None:
+            check_weights({name: getattr(pipeline, name) for name in parts}, source)
         pipeline.register_to_config(_name_or_path=source)
         return pipeline
 
@@ -77,13 +94,16 @@ class LoadingMixin(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Any:
-        """As `ConfigMixin.load_config`; a class recorded with its file (see `save_config`) means this
-        class."""
+        """As `ConfigMixin.load_config`; a class recorded with its file (`save_config`) is this one."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][1]
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As `DiffusionPipeline.save_pretrained`, which with `push_to_hub=True` takes no path objects."""
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Write model_index.json, and a pipeline.py of a few lines.
@@ -151,9 +171,13 @@ def own_modules(index: Mapping[str, Any]) -> list[str]:
 
 def check_parts(
     index: Mapping[str, Any], folder: str, source: str, given: Collection[str], needed: Collection[str]
-) -> None:
-    """Every needed part is in the index or given, and what is in the index is in the folder; else
-    ValueError."""
+) -> list[str]:
+    """Names of the parts to be loaded from `folder`.
+
+    Raises:
+        ValueError: a needed part is neither in the index nor given, or its folder is not there, lacks a
+            file, or has weights that are cut off.
+    """
     missing = [name for name in needed if name not in index and name not in given]
     if missing:
         for_faces = all(name in FACE_COMPONENTS for name in missing)
@@ -162,9 +186,28 @@ def check_parts(
             f"`from_pretrained(..., {', '.join(f'{name}=...' for name in missing)})`"
             + ("; None for what shall be left out." if for_faces else ".")
         )
-    for name in parts_of(index):
-        if name in needed and name not in given and not os.path.isdir(os.path.join(folder, name)):
-            raise ValueError(
-                f"`{source}` lacks the folder of its `{name}`. Get or save the pipeline again, or give "
-                f"`{name}=...`."
-            )
+    parts = [name for name in parts_of(index) if name in needed and name not in given]
+    for name in parts:
+        part = Path(folder) / name
+        remedy = f"Get or save the pipeline again, or give `{name}=...`."
+        if not part.is_dir():
+            raise ValueError(f"`{source}` lacks the folder of its `{name}`. {remedy}")
+        for files in PART_FILES.get(name, ()):
+            if not any(any(part.glob(file)) for file in files):
+                raise ValueError(f"`{source}` has no {' or '.join(files)} in its `{name}`. {remedy}")
+        for file in part.glob("*.safetensors"):
+            with open_safetensors(file):
+                pass
+    return parts
+
+
+def check_weights(parts: Mapping[str, Any], source: str) -> None:
+    """ValueError where a model's files held no values for some of its weights."""
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            absent = [key for key, weight in part.state_dict().items() if weight.device.type == "meta"]
+            if absent:
+                raise ValueError(
+                    f"`{source}` has a `{name}` whose files lack {len(absent)} of its weights, such as "
+                    f"{absent[0]}. Get or save the pipeline again, or give `{name}=...`."
+                )

@@ -13,7 +13,6 @@ transformers, step caches) works unchanged.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 import math
 import os
@@ -39,7 +38,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, SiglipVisionModel, T5Enco
 from transformers.image_processing_utils import BaseImageProcessor
 
 from . import flow, layout
-from .adapter import CONDITIONING_KEY, FaceAdapter, parameter_table
+from .adapter import CONDITIONING_KEY, FaceAdapter
 from .faces import Face, FaceAnalyzer, ImageSource
 from .loading import LoadingMixin
 
@@ -131,7 +130,6 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
     # SigLIP's pooling head (torch's MultiheadAttention) reads the weights of a layer that it never calls.
     _exclude_from_cpu_offload = ["face_adapter", "image_encoder"]
     _optional_components = ["image_encoder", "feature_extractor", "face_adapter", "face_analyzer"]
-    _is_group_offloaded = False
 
     def __init__(
         self,
@@ -366,7 +364,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 siglip_scale=siglip_scale,
             )
             if self._is_offloaded:
-                self._put_encoding_aside()
+                self.face_adapter.put_encoding_aside()
 
         # 4. True guidance: a negative prompt for every prompt, and the faces in it or not.
         if true_cfg_scale > 1 and kwargs.get("negative_prompt_embeds") is None:
@@ -494,15 +492,10 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
 
     @property
     def _is_offloaded(self) -> bool:
-        """Whether parts of the pipeline come to the device only when they are needed."""
-        return hasattr(self.transformer, "_hf_hook") or self._is_group_offloaded
-
-    def _put_encoding_aside(self) -> None:
-        """Move to the CPU what `encode` alone needs: 4.2 of the released adapter's 5.2 GiB in bfloat16."""
-        for part in parameter_table(self.face_adapter):
-            for name, module in self.face_adapter.named_modules():
-                if not part.in_loop and fnmatch.fnmatchcase(name, part.part):
-                    module.to("cpu")
+        """Whether the transformer, or its layers, come to the device only when they are needed."""
+        registries = (getattr(module, "_diffusers_hook", None) for module in self.transformer.modules())
+        in_groups = any(r is not None and r.get_hook("group_offloading") is not None for r in registries)
+        return in_groups or hasattr(self.transformer, "_hf_hook")
 
     def enable_group_offload(
         self, onload_device: torch.device, *args, exclude_modules: str | Sequence[str] | None = None, **kwargs
@@ -512,7 +505,6 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         super().enable_group_offload(
             onload_device, *args, exclude_modules=[*exclude, *self._exclude_from_cpu_offload], **kwargs
         )
-        self._is_group_offloaded = True
 
 
 class _PositivePassOnly(ModelHook):
