@@ -1,4 +1,4 @@
-"""Boxes: checked, turned into tokens, scaled, cropped; default groups that fit any picture."""
+"""Boxes: checked, turned into tokens, scaled; default groups that fit any picture."""
 
 import itertools
 import math
@@ -105,20 +105,6 @@ def test_scaling_there_and_back():
     scaled = layout.scale_bboxes(boxes, (128, 96), (256, 48))
     assert scaled[1] == (0.5, 4.0, 1.5, 8.0)
     assert layout.scale_bboxes(scaled, (256, 48), (128, 96)) == boxes
-
-
-@pytest.mark.parametrize(
-    ("bbox", "expected"),
-    [
-        ((10, 20, 30, 60), (0, 20, 40, 60)),  # taller than wide: widened both ways
-        ((20, 30, 80, 50), (20, 10, 80, 70)),
-        ((0, 20, 20, 60), (0, 20, 30, 60)),  # clipped at the left edge
-        ((-5, -5, 200, 200), (0, 0, 100, 90)),
-        ((50.2, 50.2, 50.4, 50.4), (50, 50, 51, 51)),  # never empty
-    ],
-)
-def test_square_crop_widens_the_shorter_side_and_stays_in_the_photo(bbox, expected):
-    assert layout.square_crop_box(bbox, width=100, height=90) == expected
 
 
 SIZES = [(128, 128), (256, 192), (192, 256), (512, 1024), (1024, 512), (256, 1024), (1024, 256), (768, 1360)]

@@ -159,6 +159,11 @@ def test_of_several_faces_the_largest_is_taken_and_logged(photo_pipe, caplog):
     assert face.normed_embedding @ alone.normed_embedding > 0.99
 
 
+def test_faces_are_found_without_an_adapter_too(analyzer):
+    pipe = tiny.pipeline(face_analyzer=analyzer, face_adapter=None)
+    assert [len(photos) for photos in pipe.find_faces([photo_of(3), [photo_of(3), tiny.face(1)]])] == [1, 2]
+
+
 def test_several_photos_of_one_person(photo_pipe):
     a, b = photo_of(3), photo_of(3, (30, 20, 106, 116))
     expected = run(photo_pipe, faces=[a])
@@ -365,6 +370,17 @@ def test_a_batch_is_its_pictures(pipe):
         assert np.abs(batch[row] - alone[0]).max() < 1e-4
 
 
+@pytest.mark.parametrize("negative", ["xyz", ["xyz"], ["xyz", "xyz"]])
+def test_negative_prompts_for_one_and_for_several(pipe, negative):
+    prompts = ["one", "two"] if len(negative) == 2 else ["one"]
+    kwargs = {"faces": [tiny.face(1)], "true_cfg_scale": 2.0}
+    generators = [seeded(seed) for seed in range(len(prompts))]
+    batch = run(pipe, prompt=prompts, negative_prompt=negative, generator=generators, **kwargs)
+    for row, prompt in enumerate(prompts):
+        alone = run(pipe, prompt=prompt, negative_prompt="xyz", generator=seeded(row), **kwargs)
+        assert np.abs(batch[row] - alone[0]).max() < 1e-4
+
+
 def test_prompt_embeds_in_place_of_a_prompt(pipe):
     embeds, pooled, _ = pipe.encode_prompt("two people", max_sequence_length=512)
     faces = [tiny.face(1)]
@@ -501,6 +517,23 @@ BAD = {
         r"`joint_attention_kwargs` has `ip_hidden_states`",
     ),
     "prompt": ({"prompt": None}, r"`prompt`"),
+    "no prompts": ({"prompt": []}, r"`prompt` is an empty list; give a text"),
+    "too many negative prompts": (
+        {"prompt": ["a", "b"], "negative_prompt": ["c"] * 3, "true_cfg_scale": 2.0},
+        r"`negative_prompt` holds 3 texts for 2 prompts; give one for each, or one text for all",
+    ),
+    "negative prompts for one": (
+        {"negative_prompt": ["c", "d"], "true_cfg_scale": 2.0},
+        r"`negative_prompt` holds 2 texts for 1",
+    ),
+    "no pictures": ({"num_images_per_prompt": 0}, r"`num_images_per_prompt` is 0; give a whole number"),
+    "a file type": (
+        {"output_type": "jpg"},
+        r"`output_type` is 'jpg'; use one of 'pil', 'np', 'pt', 'latent'",
+    ),
+    "sigma NaN": ({"sigmas": [1.0, float("nan")]}, r"`sigmas` are \[1.0, nan\]; give .* above 0 and up to 1"),
+    "no sigmas": ({"sigmas": []}, r"`sigmas` are \[\]"),
+    "neither yes nor no": ({"faces_in_negative": "no"}, r"`faces_in_negative` is 'no'; give True or False"),
     "long text": ({"max_sequence_length": 600}, r"`max_sequence_length`"),
 }
 
@@ -526,6 +559,10 @@ def test_more_bad_faces(photo_pipe):
         object.__setattr__(face, "embedding", bad.astype(np.float32))
         with pytest.raises(ValueError, match=r"`faces\[0\]` has an embedding .*512"):
             photo_pipe("a", faces=[face])
+    face = tiny.face(1)
+    object.__setattr__(face, "face_crop", None)
+    with pytest.raises(ValueError, match=r"`faces\[1\]` has a `face_crop` of type NoneType.*PIL image"):
+        photo_pipe("a", faces=[tiny.face(2), face])
     mirrored = tiny.face(1)
     object.__setattr__(mirrored, "embedding", -mirrored.embedding)
     with pytest.raises(ValueError, match=r"`faces\[0\]`.*different people"):

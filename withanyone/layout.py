@@ -1,4 +1,4 @@
-"""Where faces are: boxes checked, placed by default, rescaled, cropped, and turned into image tokens.
+"""Where faces are: boxes checked, placed by default, rescaled, and turned into image tokens.
 
 A `bbox` is (x1, y1, x2, y2) in float pixels of the picture, x to the right and y downwards.
 """
@@ -102,22 +102,6 @@ def scale_bboxes(
     """Boxes of a picture resized from `from_size` to `to_size`, both (height, width) in pixels."""
     sy, sx = to_size[0] / from_size[0], to_size[1] / from_size[1]
     return [(x1 * sx, y1 * sy, x2 * sx, y2 * sy) for x1, y1, x2, y2 in parse_bboxes(bboxes)]
-
-
-def square_crop_box(bbox: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """The square photo region a face is cut from, (x1, y1, x2, y2) in whole pixels of the photo.
-
-    The detection box made square by widening its shorter side about the middle, no margin, clipped to the
-    photo, so at an edge it may stay oblong (architecture facts, section 5). At least one pixel each way.
-    """
-    x1, y1, x2, y2 = _parse_bbox(bbox, "bbox")
-    half = max(x2 - x1, y2 - y1) / 2
-    cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
-    left = min(max(round(cx - half), 0), width - 1)
-    top = min(max(round(cy - half), 0), height - 1)
-    right = max(min(round(cx + half), width), left + 1)
-    bottom = max(min(round(cy + half), height), top + 1)
-    return left, top, right, bottom
 
 
 def default_bboxes(num_people: int, height: int, width: int) -> list[BBox]:

@@ -2,7 +2,7 @@
 
 What happens in one call:
 
-    pipe() -> check_face_inputs -> encode_faces -> FaceAnalyzer.detect -> FaceAdapter.encode -> FluxPipeline()
+    pipe() -> check_* -> find_faces (FaceAnalyzer) -> encode_faces -> FaceAdapter.encode -> FluxPipeline()
 
 The faces reach the transformer as an argument, `joint_attention_kwargs["ip_hidden_states"]`, read by the
 hooks that `FaceAdapter.attach` put after its blocks when the pipeline was built. The denoising loop is
@@ -58,6 +58,9 @@ RELEASED_SAMPLING: dict[str, Any] = {
     "id_scale": 0.0,
     "siglip_scale": 1.0,
 }
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def slider_scales(similarity: float = 1.0, diversity: float = 0.0) -> tuple[float, float]:
@@ -207,11 +210,6 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         return people
 
     def _find_face(self, photo: ImageSource | Face, name: str) -> Face:
-        if self.face_adapter is None:
-            raise ValueError(
-                f"`{name}` is given, but this pipeline has no `face_adapter` to use the face; load one "
-                "(`face_adapter=FaceAdapter.from_single_file('withanyone.safetensors')`)."
-            )
         if not isinstance(photo, Face):
             if self.face_analyzer is None:
                 raise ValueError(
@@ -219,8 +217,8 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                     "it with one (`face_analyzer=FaceAnalyzer.from_pretrained(folder)`), or give a Face."
                 )
             photo = self.face_analyzer.largest_face(photo, name)
-        wanted = self.face_adapter.config.embedding_dim
         embedding = np.asarray(photo.embedding)
+        wanted = embedding.size if self.face_adapter is None else self.face_adapter.config.embedding_dim
         if embedding.shape != (wanted,) or not np.isfinite(embedding).all() or not embedding.any():
             raise ValueError(
                 f"`{name}` has an embedding of shape {embedding.shape}, not {wanted} finite numbers; use the "
@@ -254,6 +252,12 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 "`siglip_scale` is not 0, but this pipeline has no `image_encoder` and `feature_extractor`; "
                 "load it with them, or call it with `siglip_scale=0.0, id_scale=1.0`."
             )
+        for i, crop in enumerate(crops):
+            if not isinstance(crop, Image.Image):
+                raise ValueError(
+                    f"`faces[{i}]` has a `face_crop` of type {type(crop).__name__}, which the image encoder "
+                    "cannot see; give a Face with a PIL image, or the photo."
+                )
         pixels = self.feature_extractor(images=crops, return_tensors="pt").pixel_values  # (F, 3, H, W)
         pixels = pixels.to(get_module_execution_device(self.image_encoder), self.image_encoder.dtype)
         features = self.image_encoder(pixels).last_hidden_state  # (F, T, C)
@@ -284,7 +288,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         return_dict: bool = True,
         joint_attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int | None = None,
         **kwargs,
     ) -> WithAnyonePipelineOutput | tuple:
@@ -333,7 +337,9 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         height, width, true_cfg_scale = (settings[name] for name in ("height", "width", "true_cfg_scale"))
 
         # 2. Check what FluxPipeline does not.
-        self.check_face_inputs(faces, bboxes, settings, joint_attention_kwargs, kwargs)
+        self.check_settings(settings)
+        self.check_face_inputs(faces, bboxes, joint_attention_kwargs, kwargs)
+        _check_rest(prompt, num_images_per_prompt, output_type, sigmas)
         if guidance_scale is not None and not self.transformer.config.guidance_embeds:
             logger.warning("`guidance_scale` has no effect on this `transformer`: use `true_cfg_scale`.")
         if negative_prompt and true_cfg_scale <= 1:
@@ -387,26 +393,15 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 return_dict=False,
                 joint_attention_kwargs=attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs or ()),
                 max_sequence_length=max_sequence_length,
                 **settings,
                 **kwargs,
             )
         return WithAnyonePipelineOutput(images=images, bboxes=bboxes) if return_dict else (images,)
 
-    def check_face_inputs(
-        self,
-        faces: Sequence[Person] | None,
-        bboxes: Sequence[Sequence[float]] | None,
-        settings: Mapping[str, Any],
-        joint_attention_kwargs: Mapping[str, Any] | None,
-        flux_kwargs: Mapping[str, Any],
-    ) -> None:
-        """Raise a ValueError that names the argument and the remedy.
-
-        settings: the call's arguments named in `sampling_defaults`. What FluxPipeline checks itself, and
-        what is in `faces` and `bboxes`, is not looked at here.
-        """
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """ValueError where a value of `settings`, with the names of `sampling_defaults`, is out of range."""
         multiple = self.vae_scale_factor * 2
         for name in ("height", "width"):
             value = settings[name]
@@ -418,11 +413,21 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                     f"`{name}` is {value}; give a multiple of {multiple}, the nearest are {below} and "
                     f"{below + multiple}."
                 )
-        if not _is_whole(settings["num_inference_steps"]) or settings["num_inference_steps"] < 1:
-            steps = settings["num_inference_steps"]
-            raise ValueError(f"`num_inference_steps` is {steps!r}; give a whole number of at least 1.")
+        _check_count("num_inference_steps", settings["num_inference_steps"])
         for name in ("id_scale", "siglip_scale", "guidance_scale", "true_cfg_scale"):
             _number(name, settings[name], 0.0)
+        if not isinstance(settings["faces_in_negative"], (bool, np.bool_)):
+            value = settings["faces_in_negative"]
+            raise ValueError(f"`faces_in_negative` is {value!r}; give True or False.")
+
+    def check_face_inputs(
+        self,
+        faces: Sequence[Person] | None,
+        bboxes: Sequence[Sequence[float]] | None,
+        joint_attention_kwargs: Mapping[str, Any] | None,
+        flux_kwargs: Mapping[str, Any],
+    ) -> None:
+        """ValueError where `faces` do not go with the other arguments; what is in them is not looked at."""
         if faces is None:
             if bboxes is not None:
                 raise ValueError("`bboxes` are given without `faces`; give a photo (or Face) for each box.")
@@ -447,11 +452,17 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         self, negative_prompt: str | list[str] | None, prompt: str | list[str] | None, prompt_embeds: Any
     ) -> str | list[str]:
         """A negative prompt for every prompt: one for all is repeated, none is an empty one."""
-        negative_prompt = negative_prompt or ""
-        if isinstance(prompt, str) or not isinstance(negative_prompt, str):
-            return negative_prompt
         prompts = prompt_embeds if prompt is None else prompt
-        return [negative_prompt] * (1 if prompts is None else len(prompts))
+        count = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
+        if isinstance(negative_prompt, list):
+            if len(negative_prompt) != count:
+                raise ValueError(
+                    f"`negative_prompt` holds {len(negative_prompt)} texts for {count} prompts; give one for "
+                    "each, or one text for all."
+                )
+            return negative_prompt
+        negative_prompt = negative_prompt or ""
+        return negative_prompt if isinstance(prompt, str) else [negative_prompt] * count
 
     def _sigmas(
         self, sigmas: Sequence[float] | None, num_inference_steps: int, height: int, width: int
@@ -541,6 +552,23 @@ def _faces_in_positive_pass_only(transformer: torch.nn.Module) -> Iterator[None]
         yield
     finally:
         registry.remove_hook("withanyone_positive_pass_only", recurse=False)
+
+
+def _check_rest(prompt: Any, num_images_per_prompt: Any, output_type: Any, sigmas: Any) -> None:
+    """ValueError where FluxPipeline's own arguments would fail late, or without a word of what to do."""
+    if isinstance(prompt, list) and not prompt:
+        raise ValueError("`prompt` is an empty list; give a text, or a list of at least one.")
+    _check_count("num_images_per_prompt", num_images_per_prompt)
+    if output_type not in OUTPUT_TYPES:
+        allowed = ", ".join(map(repr, OUTPUT_TYPES))
+        raise ValueError(f"`output_type` is {output_type!r}; use one of {allowed}.")
+    if sigmas is not None and not (len(sigmas) and all(0 < float(sigma) <= 1 for sigma in sigmas)):
+        raise ValueError(f"`sigmas` are {list(sigmas)}; give at least one number above 0 and up to 1.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not _is_whole(value) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; give a whole number of at least 1.")
 
 
 def _is_whole(value: Any) -> bool:
