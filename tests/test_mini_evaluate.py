@@ -99,3 +99,14 @@ def test_cases_are_read_as_written(tmp_path: Path) -> None:
         assert set(evaluate.COPIED) <= set(case.world["references"][0])
     with pytest.raises(ValueError, match="mini cases"):
         evaluate.read_cases(tmp_path / "nothing")
+
+
+def test_settings_of_the_same_pictures_share_them() -> None:
+    name = evaluate.settings_name
+    model = str(evaluate.PRETRAINED)
+    defaults = evaluate.WithAnyonePipeline.load_config(model)["sampling_defaults"]
+    same = {key: defaults[key] for key in ("id_scale", "siglip_scale")}
+    assert name(model, {}) == name(model, same)
+    assert name(model, {"id_scale": 0.0, "siglip_scale": 0.0}) == name(model, None)
+    others = [{}, {"id_scale": 0.3}, {"siglip_scale": 0.3}, {"true_cfg_scale": 1.5}, None]
+    assert len({name(model, settings) for settings in others}) == len(others)

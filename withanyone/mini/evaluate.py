@@ -91,11 +91,11 @@ def _pipeline(model: str) -> WithAnyonePipeline:
     return pipe
 
 
-def _make(path: Path, model: str, case: Case, settings: dict | None, seed: int) -> float:
-    """One picture to `path` (settings None: the base alone); seconds it took, 0 where it stood."""
+def _make(job: tuple[Path, str, Case, dict | None, int]) -> None:
+    """One picture to `path` (settings None: the base alone), unless it is there."""
+    path, model, case, settings, seed = job
     if path.exists():
-        return 0.0
-    start = time.monotonic()
+        return
     size = Image.open(case.folder / "ori.jpg").size
     given = {} if settings is None else {"faces": case.references, "bboxes": case.bboxes.tolist(), **settings}
     generator = torch.Generator().manual_seed(seed)
@@ -103,31 +103,48 @@ def _make(path: Path, model: str, case: Case, settings: dict | None, seed: int) 
     aside = path.with_suffix(".aside.png")
     out.images[0].save(aside)
     aside.replace(path)
-    return time.monotonic() - start
+
+
+def settings_name(model: str, settings: dict | None) -> str:
+    """The folder of a variant's pictures: settings that give the same pictures have the same.
+
+    At both scales 0 the pipeline gives the base's picture bit for bit, so the base alone is that place.
+    """
+    if settings is None:
+        return "base"
+    defaults = WithAnyonePipeline.load_config(model)["sampling_defaults"]
+    settings = {
+        name: settings.get(name, defaults.get(name))
+        for name in ("id_scale", "siglip_scale", *sorted(settings))
+    }
+    if settings["id_scale"] == settings["siglip_scale"] == 0:
+        return "base"
+    return "_".join(f"{name}-{value:g}" for name, value in settings.items())
 
 
 def make_pictures(
     model: str, cases: Sequence[Case], out: Path, variants: dict[str, dict | None], workers: int = 2
-) -> None:
-    """out/<variant>/<case>.png for every case and variant at the case's seed; goes on where it stopped."""
+) -> dict[str, Path]:
+    """A picture of every case in every variant, at the case's seed; goes on where it stopped.
+
+    Returns each variant's folder, which holds <case>.png; variants of the same settings share one.
+    """
+    folders = {name: out / settings_name(model, settings) for name, settings in variants.items()}
+    different = {folder: variants[name] for name, folder in folders.items()}
     jobs = []
-    for name, settings in variants.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
+    for folder, settings in different.items():
+        folder.mkdir(parents=True, exist_ok=True)
         jobs += [
-            (out / name / f"{case.folder.name}.png", model, case, settings, seed)
+            (folder / f"{case.folder.name}.png", model, case, settings, seed)
             for seed, case in enumerate(cases)
         ]
-    start, spent = time.monotonic(), 0.0
+    start = time.monotonic()
     with ProcessPoolExecutor(workers) as pool:
-        for done, seconds in enumerate(pool.map(_make_star, jobs, chunksize=4), 1):
-            spent += seconds
+        for done, _ in enumerate(pool.map(_make, jobs, chunksize=4), 1):
             if done % 50 == 0:
                 left = (time.monotonic() - start) / done * (len(jobs) - done)
                 logger.info("%d of %d pictures, %.0f s left", done, len(jobs), left)
-
-
-def _make_star(job: tuple) -> float:
-    return _make(*job)
+    return folders
 
 
 # ---- measuring faces -----------------------------------------------------------------------------
@@ -177,22 +194,34 @@ class Eyes:
         return [whole | person for person in self.readers["person"].read(squares)]
 
 
-def score_case(eyes: Eyes, case: Case, picture: np.ndarray) -> list[dict]:
+@dataclass(frozen=True)
+class Truth:
+    """What a case's own pictures show: the faces of its target and of each person's reference."""
+
+    target: Found
+    in_target: np.ndarray  # (P,) which face of the target is person i's, or -1
+    references: tuple[Found, ...]
+
+    @classmethod
+    def of(cls, eyes: Eyes, case: Case) -> Truth:
+        target = eyes.find(case.target)
+        references = tuple(eyes.find(np.asarray(reference)) for reference in case.references)
+        return cls(target, metrics.match_boxes(target.bboxes, case.bboxes), references)
+
+
+def score_picture(eyes: Eyes, case: Case, truth: Truth, picture: np.ndarray) -> list[dict]:
     """One row for each expected person of one picture; what is missing is None and counted by `summarize`."""
-    target, made = eyes.find(case.target), eyes.find(picture)
-    in_target, in_made = (
-        metrics.match_boxes(target.bboxes, case.bboxes),
-        metrics.match_boxes(made.bboxes, case.bboxes),
-    )
+    made = eyes.find(picture)
+    in_made = metrics.match_boxes(made.bboxes, case.bboxes)
     shown = eyes.read(picture, case.bboxes)
     rows = []
     for person, name in enumerate(case.names):
-        reference = eyes.find(np.asarray(case.references[person]))
+        at, reference = truth.in_target[person], truth.references[person]
         row: dict = {
             "case": case.folder.name,
             "name": name,
             "found": bool(in_made[person] >= 0),
-            "target_found": bool(in_target[person] >= 0 and len(reference.bboxes)),
+            "target_found": bool(at >= 0 and len(reference.bboxes)),
             "extra_faces": max(0, len(made.bboxes) - len(case.names)),
             "read": shown[person],
             "asked": case.world["target"][person] | {key: case.world[key] for key in ("scene", "light")},
@@ -200,7 +229,7 @@ def score_case(eyes: Eyes, case: Case, picture: np.ndarray) -> list[dict]:
         }
         for who in ("judge", "coach"):
             row[f"{who}.generated"] = getattr(made, who)[in_made[person]] if row["found"] else None
-            row[f"{who}.target"] = getattr(target, who)[in_target[person]] if row["target_found"] else None
+            row[f"{who}.target"] = getattr(truth.target, who)[at] if row["target_found"] else None
             row[f"{who}.reference"] = getattr(reference, who)[0] if row["target_found"] else None
         rows.append(row)
     return rows
@@ -225,10 +254,8 @@ def identity_figures(rows: Sequence[dict], who: str, seed: int = 0) -> dict:
     """Likeness by one recogniser, `who`: "judge" or "coach".
 
     A missing face counts 0 in sim_gt and sim_ref and as wrong in right_of_200; it has no angle, so
-    copy_paste is over
-    found faces. Faces whose target or reference the detector missed have no truth to compare with: they are
-    left
-    out of all means and counted as `no_truth`.
+    copy_paste is over found faces. Faces whose target or reference the detector missed have no truth to
+    compare with: they are left out of all means and counted as `no_truth`.
     """
     usable = [row for row in rows if row["target_found"]]
     found = [row for row in usable if row["found"]]
@@ -323,21 +350,32 @@ def summarize(rows: Sequence[dict]) -> dict:
     }
 
 
-def _score_star(model: str, pictures: Path, case: Case) -> list[dict]:
-    image = np.asarray(Image.open(pictures / f"{case.folder.name}.png").convert("RGB"))
-    return score_case(_eyes(model), case, image)
-
-
 @cache
 def _eyes(model: str) -> Eyes:
     return Eyes(model)
 
 
-def score(model: str, cases: Sequence[Case], pictures: Path, workers: int = 2) -> dict:
-    """Figures of the pictures in one folder."""
+def _score_case(model: str, folders: Sequence[Path], case: Case) -> list[list[dict]]:
+    """The case's rows in each folder of pictures."""
+    eyes = _eyes(model)
+    truth = Truth.of(eyes, case)
+    return [
+        score_picture(
+            eyes, case, truth, np.asarray(Image.open(folder / f"{case.folder.name}.png").convert("RGB"))
+        )
+        for folder in folders
+    ]
+
+
+def score(model: str, cases: Sequence[Case], folders: dict[str, Path], workers: int = 2) -> dict[str, dict]:
+    """Figures of every variant's pictures; the same folder is scored once."""
+    different = list(dict.fromkeys(folders.values()))
     with ProcessPoolExecutor(workers) as pool:
-        rows = list(pool.map(partial(_score_star, model, pictures), cases, chunksize=8))
-    return summarize([row for case_rows in rows for row in case_rows])
+        scored = list(pool.map(partial(_score_case, model, different), cases, chunksize=4))
+    figures = {
+        folder: summarize([row for case in scored for row in case[k]]) for k, folder in enumerate(different)
+    }
+    return {name: figures[folder] for name, folder in folders.items()}
 
 
 def _git_hash() -> str:
@@ -468,12 +506,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _run_evaluate(args: argparse.Namespace) -> None:
     cases, folder = _prepare(args)
     pictures = args.work / f"pictures-{folder.name}"
-    make_pictures(args.model, cases, pictures, {"default": {}, "base": None}, args.workers)
-    result = {
-        "cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash(),
-        "default": score(args.model, cases, pictures / "default", args.workers),
-        "base": score(args.model, cases, pictures / "base", args.workers),
-    }  # fmt: skip
+    folders = make_pictures(args.model, cases, pictures, {"default": {}, "base": None}, args.workers)
+    result = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
+    result |= score(args.model, cases, folders, args.workers)
     asked, alone = (result[name]["prompt"]["all"]["mean"] for name in ("default", "base"))
     result["prompt_following_over_base"] = round(asked / alone, 4)
     _write(result, args.out)
@@ -491,9 +526,9 @@ def _run_sliders(args: argparse.Namespace) -> None:
     for name, position in SLIDERS.items():
         id_scale, siglip_scale = slider_scales(*position)
         variants[name] = {"id_scale": id_scale, "siglip_scale": siglip_scale}
-    make_pictures(args.model, cases, pictures, variants, args.workers)
+    folders = make_pictures(args.model, cases, pictures, variants, args.workers)
     result = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
-    result |= {name: score(args.model, cases, pictures / name, args.workers) for name in variants}
+    result |= score(args.model, cases, folders, args.workers)
     _write(result, args.out)
     slider_plot(result, args.plot)
 
