@@ -40,7 +40,7 @@ OWNERS = {  # heavy packages, each behind one door
     "onnxruntime": {"withanyone.faces"},
     "gradio": {"app"},
     "accelerate": {"train.trainer"},
-    "datasets": {"train.data", "train.dataset", "withanyone.bench.cases"},
+    "datasets": {"train.stream", "withanyone.bench.cases"},
     "torchvision": set(),
 }
 
