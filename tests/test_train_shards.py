@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import tarfile
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,8 +13,6 @@ import pytest
 from tests import train_world as tw
 from train.catalogue import build_catalogue, ensure_catalogue, match_landmarks, open_catalogue
 from train.shards import (
-    MAX_PEOPLE,
-    REASONS,
     BadRecord,
     Record,
     ShardReader,
@@ -27,106 +22,15 @@ from train.shards import (
 )
 
 
-class _Creates:
-    """A pickle that makes a file when it is run."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def _records(path, *, paired: bool) -> list[Record]:
     """Every good record of one shard."""
     catalogue, reader = build_catalogue([str(path)], paired=paired), ShardReader()
     return [catalogue.read(index, reader) for index in range(len(catalogue))]
 
 
-def _edited(parts: dict[str, bytes], **changes) -> dict[str, bytes]:
-    info = json.loads(parts["json"])
-    for key, value in changes.items():
-        if value is None:
-            info.pop(key)
-        else:
-            info[key] = value
-    return {**parts, "json": json.dumps(info).encode()}
-
-
-def _damaged(kind: str, seed: int, evil) -> dict[str, bytes]:
-    """A record of one kind of damage, made of a good one."""
-    good = tw.record([seed % 5], seed, named=True)
-    arrays = load_npy(good["npy"])
-    rows = arrays["embeddings"]
-    match kind:
-        case "missing_image":
-            return {k: v for k, v in good.items() if k != "jpg"}
-        case "missing_json":
-            return {k: v for k, v in good.items() if k != "json"}
-        case "missing_embeddings":
-            return {k: v for k, v in good.items() if k != "npy"}
-        case "bad_image":
-            return {**good, "jpg": good["jpg"][: len(good["jpg"]) // 2]}
-        case "bad_json":
-            return {**good, "json": b'{"bboxes": [[1, 2'}
-        case "bad_npy":
-            return {**good, "npy": good["npy"][:200]}
-        case "unsafe_pickle":
-            return {**good, "npy": tw.npy({"embeddings": rows, "evil": _Creates(evil)})}
-        case "missing_key":
-            return _edited(good, caption_en=None)
-        case "length_mismatch":
-            return {**good, "npy": tw.npy({"embeddings": np.concatenate([rows, rows])})}
-        case "bad_box":
-            return _edited(good, bboxes=[[1, 2, float("nan"), 4]])
-        case "zero_area_box":
-            return _edited(good, bboxes=[[10, 10, 10, 30]])
-        case "nan_embedding":
-            return {**good, "npy": tw.npy({"embeddings": np.where(np.arange(512) == 3, np.nan, rows)})}
-        case "no_people":
-            return {**_edited(good, bboxes=[], names=[]), "npy": tw.npy({"embeddings": np.zeros((0, 512))})}
-        case "too_many_people":
-            many = MAX_PEOPLE + 1
-            parts = _edited(good, bboxes=[[1, 1, 9, 9]] * many, names=["person_000"] * many)
-            return {**parts, "npy": tw.npy({"embeddings": np.repeat(rows, many, 0)})}
-        case "name_without_references":
-            return _edited(good, names=["stranger"])
-    raise AssertionError(kind)
-
-
-KINDS = sorted(set(REASONS) - {"broken_shard", "path_escape", "not_a_file", "reference_dropped"})
-
-
 @pytest.fixture(scope="module")
 def mixed_shard(tmp_path_factory):
-    """Thirty good records among 200 bad ones of every kind, in one tar."""
-    folder = tmp_path_factory.mktemp("mixed")
-    evil = folder / "made_by_a_pickle"
-    rng = np.random.default_rng(0)
-    kinds = (
-        [KINDS[i % len(KINDS)] for i in range(190)] + ["good"] * 30 + ["path_escape"] * 5 + ["not_a_file"] * 5
-    )
-    order = rng.permutation(len(kinds))
-    path = folder / "0000.tar"
-    with tarfile.open(path, "w") as tar:
-        for place in order:
-            kind, key = kinds[place], f"{place:05d}"
-            if kind == "not_a_file":
-                link = tarfile.TarInfo(f"{key}.jpg")
-                link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-                tar.addfile(link)
-                continue
-            parts = (
-                tw.record([place % 5], int(place), named=True)
-                if kind in ("good", "path_escape")
-                else _damaged(kind, int(place), evil)
-            )
-            names = {f"../{key}.jpg": b"x"} if kind == "path_escape" else tw.flat({key: parts})
-            for name, data in names.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path, Counter(kinds), {f"{p:05d}" for p in order if kinds[p] == "good"}, evil
+    return tw.damaged_shard(tmp_path_factory.mktemp("mixed"))
 
 
 def test_two_hundred_damaged_records_are_counted_by_reason_and_all_good_ones_come_out(mixed_shard):
@@ -142,16 +46,16 @@ def test_two_hundred_damaged_records_are_counted_by_reason_and_all_good_ones_com
 def test_a_malicious_pickle_is_refused_and_creates_nothing(tmp_path, protocol):
     evil = tmp_path / "evil"
     for payload in (
-        pickle.dumps(_Creates(evil), protocol),
-        pickle.dumps({"embeddings": [_Creates(evil)]}, protocol),
-        pickle.dumps(np.array([_Creates(evil)], dtype=object), protocol),
-        tw.npy(np.array([_Creates(evil)], dtype=object)),
+        pickle.dumps(tw.Creates(evil), protocol),
+        pickle.dumps({"embeddings": [tw.Creates(evil)]}, protocol),
+        pickle.dumps(np.array([tw.Creates(evil)], dtype=object), protocol),
+        tw.npy(np.array([tw.Creates(evil)], dtype=object)),
     ):
         with pytest.raises(BadRecord) as caught:
             load_npy(payload)
         assert caught.value.reason == "unsafe_pickle"
     assert not evil.exists()
-    pickle.loads(pickle.dumps(_Creates(evil), protocol))
+    pickle.loads(pickle.dumps(tw.Creates(evil), protocol))
     assert evil.exists()  # the payload would have worked
 
 
@@ -197,7 +101,7 @@ def test_arrays_and_plain_containers_come_through_unchanged(protocol):
 def test_a_crops_corner_is_subtracted_from_boxes_and_landmarks(tmp_path):
     parts = tw.record([1], 0, named=False)
     info = json.loads(parts["json"])
-    moved = _edited(
+    moved = tw.edited(
         parts,
         crop=[100, 40, 164, 104],
         bboxes=(np.array(info["bboxes"]) + [100, 40, 100, 40]).tolist(),
@@ -214,7 +118,7 @@ def test_released_variants_are_read(tmp_path):
     parts = tw.record([2], 0, named=False)
     info = json.loads(parts["json"])
     arrays = {"bboxes": np.array(info["bboxes"]), "embedding": tw.embedding(2)}
-    parts = {**_edited(parts, bboxes=None, name="person_002"), "npy": tw.npy(arrays)}
+    parts = {**tw.edited(parts, bboxes=None, name="person_002"), "npy": tw.npy(arrays)}
     tw.write_tar(tmp_path / "a.tar", tw.flat({"x": parts}))
     (record,) = _records(tmp_path / "a.tar", paired=True)
     assert record.names == ["person_002"]

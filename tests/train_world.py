@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from tests import tiny, tiny_faces
+from train.shards import MAX_PEOPLE, REASONS, load_npy
 from withanyone import FaceAnalyzer, WithAnyonePipeline
 
 
@@ -128,3 +131,98 @@ def settings(shards: Path, out: Path, **overrides) -> dict:
         "lr_warmup_steps": 1, "learning_rate": 1e-3, "export_dtype": "float32", "id_loss_max_sigma": 0.9,
     }  # fmt: skip
     return {**values, **overrides}
+
+
+class Creates:
+    """A pickle that makes a file when it is run."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def edited(parts: dict[str, bytes], **changes) -> dict[str, bytes]:
+    info = json.loads(parts["json"])
+    for key, value in changes.items():
+        if value is None:
+            info.pop(key)
+        else:
+            info[key] = value
+    return {**parts, "json": json.dumps(info).encode()}
+
+
+def damaged(kind: str, seed: int, evil) -> dict[str, bytes]:
+    """A record of one kind of damage, made of a good one."""
+    good = record([seed % 5], seed, named=True)
+    arrays = load_npy(good["npy"])
+    rows = arrays["embeddings"]
+    match kind:
+        case "missing_image":
+            return {k: v for k, v in good.items() if k != "jpg"}
+        case "missing_json":
+            return {k: v for k, v in good.items() if k != "json"}
+        case "missing_embeddings":
+            return {k: v for k, v in good.items() if k != "npy"}
+        case "bad_image":
+            return {**good, "jpg": good["jpg"][: len(good["jpg"]) // 2]}
+        case "bad_json":
+            return {**good, "json": b'{"bboxes": [[1, 2'}
+        case "bad_npy":
+            return {**good, "npy": good["npy"][:200]}
+        case "unsafe_pickle":
+            return {**good, "npy": npy({"embeddings": rows, "evil": Creates(evil)})}
+        case "missing_key":
+            return edited(good, caption_en=None)
+        case "length_mismatch":
+            return {**good, "npy": npy({"embeddings": np.concatenate([rows, rows])})}
+        case "bad_box":
+            return edited(good, bboxes=[[1, 2, float("nan"), 4]])
+        case "zero_area_box":
+            return edited(good, bboxes=[[10, 10, 10, 30]])
+        case "nan_embedding":
+            return {**good, "npy": npy({"embeddings": np.where(np.arange(512) == 3, np.nan, rows)})}
+        case "no_people":
+            return {**edited(good, bboxes=[], names=[]), "npy": npy({"embeddings": np.zeros((0, 512))})}
+        case "too_many_people":
+            many = MAX_PEOPLE + 1
+            parts = edited(good, bboxes=[[1, 1, 9, 9]] * many, names=["person_000"] * many)
+            return {**parts, "npy": npy({"embeddings": np.repeat(rows, many, 0)})}
+        case "name_without_references":
+            return edited(good, names=["stranger"])
+    raise AssertionError(kind)
+
+
+KINDS = sorted(set(REASONS) - {"broken_shard", "path_escape", "not_a_file", "reference_dropped"})
+
+
+def damaged_shard(folder: Path):
+    """Thirty good records among 200 bad ones of every kind, in one tar: (path, count of each kind, good keys,
+    what the pickles would create)."""
+    evil = folder / "made_by_a_pickle"
+    rng = np.random.default_rng(0)
+    kinds = (
+        [KINDS[i % len(KINDS)] for i in range(190)] + ["good"] * 30 + ["path_escape"] * 5 + ["not_a_file"] * 5
+    )
+    order = rng.permutation(len(kinds))
+    path = folder / "0000.tar"
+    with tarfile.open(path, "w") as tar:
+        for place in order:
+            kind, key = kinds[place], f"{place:05d}"
+            if kind == "not_a_file":
+                link = tarfile.TarInfo(f"{key}.jpg")
+                link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(link)
+                continue
+            parts = (
+                record([place % 5], int(place), named=True)
+                if kind in ("good", "path_escape")
+                else damaged(kind, int(place), evil)
+            )
+            names = {f"../{key}.jpg": b"x"} if kind == "path_escape" else flat({key: parts})
+            for name, data in names.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path, Counter(kinds), {f"{p:05d}" for p in order if kinds[p] == "good"}, evil

@@ -135,31 +135,38 @@ def _read_parts(members: dict[str, Member], path: str, reader: ShardReader) -> d
     return {p: reader.read(path, members[p].offset, members[p].size) for p in PARTS if p in members}
 
 
-def _complete(
-    sides: dict[str, Any], image: bytes, pack: PackReader | None, where: tuple[str, str]
+def complete_faces(
+    sides: dict[str, Any], picture: np.ndarray, pack: PackReader | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks (N, 5, 2) and embeddings (N, 512) of a record's faces: its own, else by `pack`.
 
-    NaN landmarks where none were found. `BadRecord` where an embedding is missing and cannot be made, or the
-    picture is broken.
+    `sides` has `bboxes`, `kps` and `embeddings`, the last two perhaps None. NaN landmarks where none were
+    found. Raises `BadRecord` where an embedding is missing and cannot be made.
     """
     kps, rows = sides["kps"], sides["embeddings"]
-    if pack is None or (kps is not None and rows is not None):
-        decode_image(image, check_only=True)
-        if rows is None:
-            raise BadRecord("missing_embeddings")
-        return np.full((len(rows), 5, 2), np.nan, np.float32) if kps is None else kps, rows
-    if where in pack.made:
-        return pack.made[where]
-    picture = decode_image(image)
     if kps is None:
-        kps = match_landmarks(sides["bboxes"], *pack.detect(picture))
+        kps = np.full((len(sides["bboxes"]), 5, 2), np.nan, np.float32)
+        if pack is not None:
+            kps = match_landmarks(sides["bboxes"], *pack.detect(picture))
     if rows is None:
-        if not np.isfinite(kps).all():
-            raise BadRecord("missing_embeddings", "a face was not found")
+        if pack is None or not np.isfinite(kps).all():
+            raise BadRecord("missing_embeddings", "" if pack is None else "a face was not found")
         rows = pack.embed(picture, kps)
-    pack.made[where] = kps, rows
     return kps, rows
+
+
+def _complete(
+    sides: dict[str, Any], image: bytes, pack: PackReader | None, where: tuple[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`complete_faces` of a record whose picture is still encoded; decoded no further than needed.
+
+    `BadRecord` where the picture is broken, too.
+    """
+    if pack is None or (sides["kps"] is not None and sides["embeddings"] is not None):
+        return complete_faces(sides, decode_image(image, check_only=True), None)
+    if where not in pack.made:
+        pack.made[where] = complete_faces(sides, decode_image(image), pack)
+    return pack.made[where]
 
 
 def build_catalogue(

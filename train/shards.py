@@ -179,7 +179,8 @@ class ShardScan:
         self.bad[reason] = self.bad.get(reason, 0) + 1
 
 
-def _escapes(name: str) -> bool:
+def is_outside(name: str) -> bool:
+    """Whether a member's name leads out of the shard."""
     return (
         name.startswith(("/", "\\"))
         or ".." in name.replace("\\", "/").split("/")
@@ -205,26 +206,40 @@ def scan_shard(path: str) -> ShardScan:
                 for info in tar:
                     if info.isdir():
                         continue
-                    if _escapes(info.name):
+                    if is_outside(info.name):
                         scan.count("path_escape")
                     elif not info.isreg():
                         scan.count("not_a_file")
                     else:
                         scan.members.append(Member(info.name, info.offset_data, info.size))
+                if not ends_well(stream, tar.offset):
+                    raise tarfile.ReadError("a damaged header")
         except (tarfile.TarError, EOFError, ValueError) as error:
             logger.warning("%s: %s", path, error)
             scan.count("broken_shard")
     return scan
 
 
+def ends_well(stream: BinaryIO, offset: int) -> bool:
+    """Whether a tar, read up to byte `offset`, ends there: with zeros or with the file, not with a damaged
+    header."""
+    stream.seek(offset)
+    return not stream.read(512).strip(b"\0")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's record and part: (the path without its last suffix, `image` or the suffix)."""
+    key, _, suffix = name.rpartition(".")
+    suffix = suffix.lower()
+    return posixpath.normpath(key or name), "image" if suffix in IMAGE_SUFFIXES else suffix
+
+
 def group_members(members: list[Member]) -> dict[str, dict[str, Member]]:
     """Members by record: key (the path without its last suffix) -> suffix -> member."""
     records: dict[str, dict[str, Member]] = {}
     for member in members:
-        key, _, suffix = member.name.rpartition(".")
-        key = posixpath.normpath(key or member.name)
-        suffix = suffix.lower()
-        records.setdefault(key, {})["image" if suffix in IMAGE_SUFFIXES else suffix] = member
+        key, part = split_name(member.name)
+        records.setdefault(key, {})[part] = member
     return records
 
 
@@ -346,6 +361,19 @@ def _landmarks(info: Mapping[str, Any], people: int) -> np.ndarray | None:
     return kps if kps.shape == (people, 5, 2) else None
 
 
+def parse_info(json_bytes: bytes) -> dict[str, Any]:
+    """The object in a record's `.json`. Raises `BadRecord("bad_json")`."""
+    if len(json_bytes) > MAX_SIDE_FILE_BYTES:
+        raise BadRecord("bad_json", "too large")
+    try:
+        info = json.loads(json_bytes)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("bad_json", str(error)) from error
+    if not isinstance(info, dict):
+        raise BadRecord("bad_json", f"a {type(info).__name__}")
+    return info
+
+
 def parse_sides(json_bytes: bytes, npy_bytes: bytes | None, *, paired: bool) -> dict[str, Any]:
     """The `.json` and `.npy` of a record, checked: every field of `Record` but the picture.
 
@@ -354,15 +382,9 @@ def parse_sides(json_bytes: bytes, npy_bytes: bytes | None, *, paired: bool) -> 
     Boxes are moved by the corner of `crop` where there is one (released layout: boxes are in the pixels of
     the uncropped picture).
     """
-    for reason, data in (("bad_json", json_bytes), ("bad_npy", npy_bytes or b"")):
-        if len(data) > MAX_SIDE_FILE_BYTES:
-            raise BadRecord(reason, "too large")
-    try:
-        info = json.loads(json_bytes)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("bad_json", str(error)) from error
-    if not isinstance(info, dict):
-        raise BadRecord("bad_json", f"a {type(info).__name__}")
+    info = parse_info(json_bytes)
+    if len(npy_bytes or b"") > MAX_SIDE_FILE_BYTES:
+        raise BadRecord("bad_npy", "too large")
     arrays = {} if npy_bytes is None else load_npy(npy_bytes)
     if not isinstance(arrays, dict):
         raise BadRecord("missing_key", "the .npy holds no dict")
