@@ -31,13 +31,14 @@ MAY_IMPORT = {
     "withanyone": CORE - {"withanyone"},
     "withanyone.bench": CORE | {"withanyone.bench"},
     "withanyone.mini": CORE | {"withanyone.mini", "withanyone.bench.metrics"},
+    "withanyone.mini.benching": CORE | {"withanyone.mini", "withanyone.bench"},
     "withanyone.cli": CORE | {"withanyone.mini"},
     "train": CORE | {"train", "withanyone.bench.metrics"},
     "app": CORE | {"withanyone.cli", "withanyone.mini"},
 }
 OWNERS = {  # heavy packages, each behind one door
     "insightface": {"withanyone.faces"},
-    "onnxruntime": {"withanyone.faces"},
+    "onnxruntime": {"withanyone.faces", "withanyone.bench.judges"},
     "gradio": {"app"},
     "accelerate": {"train.trainer"},
     "datasets": {"train.stream", "withanyone.bench.cases"},
