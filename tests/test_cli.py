@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image
 
 from tests import tiny_faces
+from withanyone import WithAnyonePipeline
 from withanyone.cli import main
 from withanyone.mini import gallery
 from withanyone.settings import MARK, read_settings, save_picture, slider_positions
@@ -133,11 +135,18 @@ def _bad_cases() -> list[tuple[list[str], list[str]]]:
         (["--out", "{folder}"], ["out"]),
         (["--out", "picture.gif"], ["out", ".png"]),
         (["--out", "{folder}/none/picture.png"], ["out", "folder"]),
+        (["--width", "0"], ["width", "0"]),
         (["--device", "toaster"], ["device", "toaster"]),
+        (["--device", "cuda:99"], ["device", "cuda:99"]),
+        (["--device", "meta"], ["device", "meta"]),
+        (["--offload", "model"], ["offload", "model", "cpu"]),
         (["--model", "{folder}"], ["{folder}"]),
         (["--model", "{folder}/none"], ["none"]),
         (["--face-pack", "{folder}"], ["{folder}", "onnx"]),
+        (["--model", "someone/nowhere"], ["someone/nowhere", "Hub"]),
         (["--adapter", "{text}"], ["{text}"]),
+        (["--adapter", "nowhere.safetensors"], ["nowhere.safetensors", "not a file"]),
+        (["--image-encoder", "someone/nowhere"], ["image_encoder", "someone/nowhere"]),
     ]
 
 
@@ -161,6 +170,22 @@ def test_a_mistake_is_one_line_that_names_it(generate, painted_photos, tmp_path,
     for word in named:
         assert word.format(**places) in last
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_full_card_is_a_mistake_with_a_remedy(generate, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(WithAnyonePipeline, "__call__", full)
+    code, said, complaint = generate("--prompt", "ab")
+    assert code == 2 and said == "" and "Traceback" not in complaint
+    assert "memory of the `device` is full" in complaint and "--offload model" in complaint
+
+
+def test_quiet_is_quiet(generate, painted_photos) -> None:
+    """No bar of any library; one line a picture."""
+    code, said, complaint = generate("--prompt", "ab", "--face", painted_photos[0], "--seed", 1)
+    assert code == 0 and len(said.splitlines()) == 1 and complaint == ""
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,5", "a,b,c,d", ""])

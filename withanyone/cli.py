@@ -6,11 +6,12 @@ Heavy imports wait until a command needs them, so that `--help` and a typing mis
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from .faces import Face
-    from .pipeline import WithAnyonePipeline
+    from .pipeline import WithAnyonePipeline, WithAnyonePipelineOutput
 
 LARGEST_SEED = 2**63 - 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="one person: a photo, or several of the same person; once for each person, left to right",
     )
     add.add_argument("--prompt", required=True, help="what the picture shows")
-    add.add_argument("--negative-prompt", help="what it should not show (doubles the time)")
+    add.add_argument("--negative-prompt", help="what it should not show; needs true guidance above 1")
     add.add_argument(
         "--out", required=True, metavar="FILE", help="png, jpg or webp; several become FILE_1, FILE_2 ..."
     )
@@ -90,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="guidance, distilled into the model (default: the model's)"
     )
     add.add_argument(
-        "--true-guidance", type=float, help="true guidance with a second pass a step (default: the model's)"
+        "--true-guidance",
+        type=float,
+        help="above 1: a second pass a step with the negative prompt, twice the time (default: the model's)",
     )
     add.add_argument(
         "--num-images", type=int, default=1, help="pictures, with the seeds SEED, SEED + 1, ... (default 1)"
@@ -156,75 +159,36 @@ def bbox(text: str) -> tuple[float, ...]:
 
 def generate(args: argparse.Namespace) -> None:
     """Make pictures, save them with their settings, and say which seed was used."""
-    import torch
-
     from .mini import PRETRAINED, gallery
-    from .mini.world import unknown_words
     from .settings import save_picture
 
-    people = args.face or []
     paths = picture_paths(args.out, args.num_images, "num_images")
     seed = check_seed(args.seed, args.num_images)
     model = args.model or str(PRETRAINED)
     miniature = gallery.is_miniature(model)
-    if miniature and (unknown := unknown_words(args.prompt)):
-        print(
-            f"The miniature does not know these words and passes over them: {', '.join(unknown)}.",
-            file=sys.stderr,
-        )
-
-    pipe = load_pipeline(
-        model,
-        adapter=args.adapter,
-        face_pack=args.face_pack,
-        image_encoder=args.image_encoder,
-        device=args.device,
-        dtype=args.dtype,
-        offload=args.offload,
-    )
-    pipe.set_progress_bar_config(disable=args.quiet)
-    width, height = args.width, args.height
     if miniature:
-        usual = gallery.size_for(len(people))
-        width, height = width or usual[0], height or usual[1]
-    id_scale, siglip_scale = scales(args, pipe)
-    given = {
-        "height": height,
-        "width": width,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance,
-        "true_cfg_scale": args.true_guidance,
-    }
-    faces = [photos if len(photos) > 1 else photos[0] for photos in people] or None
-    try:
-        if miniature and faces:
-            faces = pipe.find_faces(faces)
-            gallery.check_drawn(faces)
-        out = pipe(
-            prompt=args.prompt,
-            negative_prompt=args.negative_prompt,
-            faces=faces,
-            bboxes=args.bbox,
-            id_scale=id_scale,
-            siglip_scale=siglip_scale,
-            num_images_per_prompt=args.num_images,
-            # One generator a picture: each can be made again alone, by its own seed.
-            generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(args.num_images)],
-            **given,
+        say_unknown_words(args.prompt)
+    quieten(args)
+    with out_of_memory_named():
+        pipe = load_pipeline(
+            model,
+            adapter=args.adapter,
+            face_pack=args.face_pack,
+            image_encoder=args.image_encoder,
+            device=args.device,
+            dtype=args.dtype,
+            offload=args.offload,
         )
-    except ValueError as error:
-        if miniature and "no face found" in str(error):
-            raise ValueError(f"{error} {gallery.NOTICE}") from error
-        raise
+        pipe.set_progress_bar_config(disable=args.quiet)
+        given = call_settings(args, pipe, miniature)
+        out = make_pictures(args, pipe, given, seed, miniature)
     defaults = pipe.config.sampling_defaults
     settings: dict[str, Any] = {
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
-        "id_scale": id_scale,
-        "siglip_scale": siglip_scale,
         **{name: defaults[name] if value is None else value for name, value in given.items()},
         "bboxes": None if out.bboxes is None else [[round(float(v), 2) for v in box] for box in out.bboxes],
-        "people": len(people),
+        "people": len(args.face or []),
         "model": "miniature" if miniature else model,
     }
     for i, (image, path) in enumerate(zip(out.images, paths, strict=True)):
@@ -232,6 +196,88 @@ def generate(args: argparse.Namespace) -> None:
             image, path, {**settings, "width": image.width, "height": image.height, "seed": seed + i}
         )
         print(f"{path}  (seed {seed + i})")
+
+
+def call_settings(args: argparse.Namespace, pipe: WithAnyonePipeline, miniature: bool) -> dict[str, Any]:
+    """The call's numbers, by the pipeline's names; None where the model's default shall hold."""
+    from .mini import gallery
+
+    width, height = args.width, args.height
+    if miniature:
+        usual = gallery.size_for(len(args.face or []))
+        width, height = (usual[i] if side is None else side for i, side in enumerate((width, height)))
+    id_scale, siglip_scale = scales(args, pipe)
+    return {
+        "id_scale": id_scale,
+        "siglip_scale": siglip_scale,
+        "height": height,
+        "width": width,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "true_cfg_scale": args.true_guidance,
+    }
+
+
+def make_pictures(
+    args: argparse.Namespace, pipe: WithAnyonePipeline, settings: dict[str, Any], seed: int, miniature: bool
+) -> WithAnyonePipelineOutput:
+    import torch
+
+    from .mini import gallery
+
+    faces = [photos if len(photos) > 1 else photos[0] for photos in args.face or []] or None
+    try:
+        if miniature and faces:
+            faces = pipe.find_faces(faces)
+            gallery.check_drawn(faces)
+        return pipe(
+            prompt=args.prompt,
+            negative_prompt=args.negative_prompt,
+            faces=faces,
+            bboxes=args.bbox,
+            num_images_per_prompt=args.num_images,
+            # One generator a picture: each can be made again alone, by its own seed.
+            generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(args.num_images)],
+            **settings,
+        )
+    except ValueError as error:
+        if miniature and "no face found" in str(error):
+            raise ValueError(f"{error} {gallery.NOTICE}") from error
+        raise
+
+
+def say_unknown_words(prompt: str) -> None:
+    from .mini.world import unknown_words
+
+    if unknown := unknown_words(prompt):
+        words = ", ".join(unknown)
+        print(f"The miniature does not know these words and passes over them: {words}.", file=sys.stderr)
+
+
+def quieten(args: argparse.Namespace) -> None:
+    """No bars of weights being loaded, and what libraries have to say only on request."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if args.quiet:
+        diffusers_logging.disable_progress_bar()
+    if not args.verbose:
+        transformers_logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def out_of_memory_named() -> Iterator[None]:
+    """A card whose memory does not suffice, as a ValueError that says what helps."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "The memory of the `device` is full: give --offload model (or sequential: least memory, slow), a "
+            "smaller --width and --height, or fewer --num-images."
+        ) from error
 
 
 def picture_paths(out: str, count: int, name: str) -> list[Path]:
@@ -285,18 +331,26 @@ def load_pipeline(
     from . import FaceAdapter, FaceAnalyzer, WithAnyonePipeline
 
     place = pick_device(device)
+    if offload != "none" and place.type == "cpu":
+        raise ValueError(
+            f"`offload` is {offload!r}, but on the cpu all parts are in main memory: leave it out."
+        )
     weights = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     parts: dict[str, Any] = {}
     if adapter:
-        load = FaceAdapter.from_single_file if Path(adapter).is_file() else FaceAdapter.from_pretrained
+        single = Path(adapter).is_file() or adapter.endswith(".safetensors")
+        load = FaceAdapter.from_single_file if single else FaceAdapter.from_pretrained
         parts["face_adapter"] = load(adapter).to(weights)
     if face_pack:
         parts["face_analyzer"] = FaceAnalyzer.from_pretrained(face_pack)
     if image_encoder:
         from transformers import SiglipImageProcessor, SiglipVisionModel
 
-        parts["image_encoder"] = SiglipVisionModel.from_pretrained(image_encoder, dtype=weights)
-        parts["feature_extractor"] = SiglipImageProcessor.from_pretrained(image_encoder)
+        try:
+            parts["image_encoder"] = SiglipVisionModel.from_pretrained(image_encoder, dtype=weights)
+            parts["feature_extractor"] = SiglipImageProcessor.from_pretrained(image_encoder)
+        except OSError as error:
+            raise ValueError(f"`image_encoder` is {image_encoder!r}, which cannot be had: {error}") from error
     pipe = WithAnyonePipeline.from_pretrained(model, dtype=weights, **parts)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=place)
@@ -314,12 +368,13 @@ def pick_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"`device` is {name!r}: give cuda, cuda:1, mps or cpu.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise ValueError(
-            f"`device` is {name!r}, but torch sees no CUDA card: use cpu, or install torch for CUDA."
-        )
+            f"`device` is {name!r}, which torch does not find on this machine: give cuda, cuda:1, mps or cpu."
+        ) from error
+    if device.type == "meta":
+        raise ValueError("`device` is 'meta', which computes nothing: give cuda, cuda:1, mps or cpu.")
     return device
 
 

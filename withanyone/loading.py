@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .checkpoint import open_safetensors, refuse_pickles
 
@@ -82,15 +83,21 @@ class LoadingMixin(DiffusionPipeline):
         """
         hub = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         hub_kwargs = {name: kwargs[name] for name in hub if kwargs.get(name) is not None}
-        folder = snapshot_download(pretrained_model_name, allow_patterns=[cls.config_name], **hub_kwargs)
-        index = read_index(folder, cls.config_name, pretrained_model_name)
-        folders = [f"{name}/*" for name in sorted(parts_of(index).keys() - kwargs.keys())]
-        return snapshot_download(
-            pretrained_model_name,
-            allow_patterns=[cls.config_name, *folders],
-            ignore_patterns=FOREIGN_WEIGHTS + ([] if kwargs.get("variant") else VARIANTS),
-            **hub_kwargs,
-        )
+        try:
+            folder = snapshot_download(pretrained_model_name, allow_patterns=[cls.config_name], **hub_kwargs)
+            index = read_index(folder, cls.config_name, pretrained_model_name)
+            folders = [f"{name}/*" for name in sorted(parts_of(index).keys() - kwargs.keys())]
+            return snapshot_download(
+                pretrained_model_name,
+                allow_patterns=[cls.config_name, *folders],
+                ignore_patterns=FOREIGN_WEIGHTS + ([] if kwargs.get("variant") else VARIANTS),
+                **hub_kwargs,
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise ValueError(
+                f"`{pretrained_model_name}` is no folder here, and could not be had from the Hub ({error}). "
+                "Check the name, and for a gated model that you are logged in (`hf auth login`)."
+            ) from error
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Any:
