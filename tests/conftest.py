@@ -60,6 +60,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pipeline"
 
 
+@pytest.fixture(scope="module")
+def picture_shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two shards of drawn pictures for training, each of the test module's SHARD_SIZE."""
+    from withanyone.mini import pictures
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for shard in (0, 1):
+        pictures.render_shard(folder, shard, size=request.module.SHARD_SIZE)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def painted_photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Four photos in which `tiny_model` finds one face each; the first two show the same identity."""

@@ -15,6 +15,8 @@ from withanyone.mini.latents import PatchAutoencoder
 from withanyone.mini.loop import TrainingLoop
 from withanyone.mini.pictures import GROUP, PAIR, PORTRAIT, WIDE
 
+SHARD_SIZE = 4
+
 
 @pytest.fixture(scope="module")
 def models():
@@ -27,16 +29,8 @@ def vae():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for shard in (0, 1):
-        pictures.render_shard(folder, shard, size=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(folder, vae, models, tmp_path_factory):
-    return base.LatentPictures(folder, tmp_path_factory.mktemp("cache"), "train", vae, models)
+def data(picture_shards, vae, models, tmp_path_factory):
+    return base.LatentPictures(picture_shards, tmp_path_factory.mktemp("cache"), "train", vae, models)
 
 
 def make_trainer(data, models):
@@ -46,18 +40,18 @@ def make_trainer(data, models):
 # Pictures
 
 
-def test_shards_hold_the_same_again(folder, tmp_path):
+def test_shards_hold_the_same_again(picture_shards, tmp_path):
     again = pictures.render_shard(tmp_path, 1, size=4)
     arrays, captions = pictures.read_shard(again)
-    before, captions_before = pictures.read_shard(folder / again.name)
+    before, captions_before = pictures.read_shard(picture_shards / again.name)
     assert captions == captions_before
     assert arrays.keys() == before.keys()
     for name, array in arrays.items():
         assert np.array_equal(array, before[name]), name
 
 
-def test_shards_tell_what_they_show(folder):
-    shard, captions = pictures.read_shard(pictures.shard_paths(folder)[1])
+def test_shards_tell_what_they_show(picture_shards):
+    shard, captions = pictures.read_shard(pictures.shard_paths(picture_shards)[1])
     assert shard["pixels"].shape == (4, PAIR.height, PAIR.width, 3)
     assert [len(several) for several in captions] == [pictures.CAPTIONS_PER_PICTURE] * 4
     for identities, bboxes in zip(shard["identities"], shard["bboxes"], strict=True):
@@ -92,8 +86,8 @@ def test_moved_boxes_stay_inside():
 # Data
 
 
-def test_cached_tokens_are_the_pictures_and_their_mirror_images(data, folder, vae):
-    shard, _ = pictures.read_shard(pictures.shard_paths(folder)[0], "pixels")
+def test_cached_tokens_are_the_pictures_and_their_mirror_images(data, picture_shards, vae):
+    shard, _ = pictures.read_shard(pictures.shard_paths(picture_shards)[0], "pixels")
     tokens = data.shards[PORTRAIT][0]["tokens"].float()
     assert tokens.shape == (8, 64, 96)
     z = base.FluxPipeline._unpack_latents(tokens[[0, 4]], 128, 128, 8)
@@ -104,8 +98,8 @@ def test_cached_tokens_are_the_pictures_and_their_mirror_images(data, folder, va
     assert float((decoded[0] - original).abs().mean()) < 0.05
 
 
-def test_refresh_takes_in_new_shards_once(folder, vae, models, tmp_path):
-    few = base.LatentPictures(folder, tmp_path, "train", vae, models)
+def test_refresh_takes_in_new_shards_once(picture_shards, vae, models, tmp_path):
+    few = base.LatentPictures(picture_shards, tmp_path, "train", vae, models)
     assert few.count(PORTRAIT) == 8
     few.refresh()
     assert few.count(PORTRAIT) == 8

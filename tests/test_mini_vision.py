@@ -9,23 +9,16 @@ from PIL import Image
 from transformers import CLIPTextModel, SiglipImageProcessor, SiglipVisionModel
 
 from withanyone.faces import crop_face
-from withanyone.mini import PRETRAINED, pictures, vision, world
+from withanyone.mini import PRETRAINED, vision, world
 from withanyone.mini.loop import TrainingLoop
 
+SHARD_SIZE = 10
 POSE = list(world.PERSON_ATTRIBUTES).index("pose")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for shard in (0, 1):
-        pictures.render_shard(folder, shard, size=10)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def crops(folder):
-    return vision.load_crops(folder, "train", 25)
+def crops(picture_shards):
+    return vision.load_crops(picture_shards, "train", 25)
 
 
 def test_crops_are_cut_as_the_pipeline_cuts_them():
@@ -35,7 +28,7 @@ def test_crops_are_cut_as_the_pipeline_cuts_them():
     assert np.array_equal(vision.face_crop(picture.image, bbox), np.asarray(theirs))
 
 
-def test_crops_come_with_their_labels(crops, folder):
+def test_crops_come_with_their_labels(crops):
     assert len(crops) == 25
     assert crops.pixels.shape == (25, 112, 112, 3)
     assert crops.labels.shape == (25, len(vision.ATTRIBUTES))
