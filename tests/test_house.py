@@ -115,13 +115,18 @@ def test_python_in_the_documents_is_python_and_names_what_exists() -> None:
                     assert {alias.name for alias in node.names} <= set(withanyone.__all__)
 
 
-def test_the_wheel_holds_every_file_of_the_miniature() -> None:
-    patterns = re.search(r'^"withanyone.mini" = \[(.*)\]', read("pyproject.toml"), flags=re.M).group(1)
-    patterns = re.findall(r'"([^"]+)"', patterns)
-    mini = ROOT / "withanyone" / "mini"
-    files = [path for path in mini.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
-    names = [path.relative_to(mini).as_posix() for path in files]
-    assert [name for name in names if not any(fnmatch(name, p.replace("**/", "")) for p in patterns)] == []
+def test_the_wheel_holds_every_file_of_the_package() -> None:
+    """Weights, tables and pages lie beside the code that reads them; each package names its own."""
+    data = re.findall(r'^"(withanyone[\w.]*)" = \[(.*)\]', read("pyproject.toml"), flags=re.M)
+    patterns = [
+        f"{package.replace('.', '/')}/{pattern.replace('**/', '')}"
+        for package, listed in data
+        for pattern in re.findall(r'"([^"]+)"', listed)
+    ]
+    files = [path for path in (ROOT / "withanyone").rglob("*") if path.is_file()]
+    names = [path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".py", ".pyc")]
+    assert any(name.endswith("transformer/diffusion_pytorch_model.safetensors") for name in names)
+    assert [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
 def test_the_bundled_weights_stay_small() -> None:
