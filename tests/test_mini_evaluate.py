@@ -28,6 +28,7 @@ def row(case: int, person: int, **changes) -> dict:
     target, reference = face(1000 + person), face(2000 + person)
     made = {
         "case": f"{case:04d}", "name": str(person), "found": True, "target_found": True, "extra_faces": 0,
+        "right_number": True,
         "read": dict(ASKED), "asked": dict(ASKED), "photo": ASKED | {"expression": "angry"},
     }  # fmt: skip
     for who in ("judge", "coach"):
@@ -99,6 +100,21 @@ def test_cases_are_read_as_written(tmp_path: Path) -> None:
         assert set(evaluate.COPIED) <= set(case.world["references"][0])
     with pytest.raises(ValueError, match="mini cases"):
         evaluate.read_cases(tmp_path / "nothing")
+
+
+def test_people_without_boxes_are_counted_from_the_left() -> None:
+    found = np.array([[50, 0, 70, 20], [10, 0, 30, 20]], float)
+    order, boxes = evaluate.left_to_right(found, 3)
+    assert order.tolist() == [1, 0, -1]
+    assert [box[0] for box in boxes] == [10, 50]
+    assert evaluate.left_to_right(np.empty((0, 4)), 2)[0].tolist() == [-1, -1]
+    assert evaluate.left_to_right(found, 1)[0].tolist() == [1]
+
+
+def test_the_asked_number_of_faces_is_counted_by_picture() -> None:
+    rows = [row(0, 0), row(1, 1, right_number=False), row(1, 2, right_number=False), row(2, 3), row(2, 4)]
+    shares = {name: value["mean"] for name, value in evaluate._by_people(rows).items()}
+    assert shares == {"all": pytest.approx(2 / 3, abs=1e-4), "1": 1.0, "2": 0.5}
 
 
 def test_settings_of_the_same_pictures_share_them() -> None:

@@ -14,7 +14,8 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 JUDGE = reader.JUDGES / "recognition.onnx"
 COPIED = ("hair_style", "glasses", "expression")  # what an output can take over from the photo
 READ_BACK = ("hat", "glasses", "hair_style", "expression", "scene", "light")
+BASE = "base"  # folder of the pictures that know of no faces
 GALLERY = 200  # people among whom the right one is to be nearest
 SLIDERS = {  # name -> similarity, diversity
     "similarity 0": (0.0, 0.0),
@@ -111,14 +113,14 @@ def settings_name(model: str, settings: dict | None) -> str:
     At both scales 0 the pipeline gives the base's picture bit for bit, so the base alone is that place.
     """
     if settings is None:
-        return "base"
+        return BASE
     defaults = WithAnyonePipeline.load_config(model)["sampling_defaults"]
     settings = {
         name: settings.get(name, defaults.get(name))
         for name in ("id_scale", "siglip_scale", *sorted(settings))
     }
     if settings["id_scale"] == settings["siglip_scale"] == 0:
-        return "base"
+        return BASE
     return "_".join(f"{name}-{value:g}" for name, value in settings.items())
 
 
@@ -187,11 +189,18 @@ class Eyes:
         judge = np.empty((len(faces), 0)) if self.judge is None else embed(self.judge, image, kps)
         return Found(bboxes, judge, coach)
 
-    def read(self, image: np.ndarray, bboxes: Iterable[Sequence[float]]) -> list[dict[str, str]]:
-        """What the picture shows of each person (in the given boxes), scene and light included."""
+    def read(
+        self, image: np.ndarray, bboxes: Sequence[Sequence[float]], count: int
+    ) -> list[dict[str, str | None]]:
+        """What the picture shows of `count` people, in the given boxes, scene and light included.
+
+        Where there are fewer boxes than people, nothing but scene and light is read of the others.
+        """
         whole = self.readers["picture"].read([reader.picture_view(image)])[0]
         squares = [reader.person_crop(image, bbox) for bbox in bboxes]
-        return [whole | person for person in self.readers["person"].read(squares)]
+        people = self.readers["person"].read(squares)
+        people += [dict.fromkeys(self.readers["person"].attributes)] * (count - len(people))
+        return [whole | person for person in people]
 
 
 @dataclass(frozen=True)
@@ -209,11 +218,28 @@ class Truth:
         return cls(target, metrics.match_boxes(target.bboxes, case.bboxes), references)
 
 
-def score_picture(eyes: Eyes, case: Case, truth: Truth, picture: np.ndarray) -> list[dict]:
-    """One row for each expected person of one picture; what is missing is None and counted by `summarize`."""
+def left_to_right(found: np.ndarray, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Who is who where nobody was given a place: faces (K, 4) in the caption's order.
+
+    Which face is person i's, or -1, (count,), and the boxes of those that are there.
+    """
+    order = np.argsort(found[:, 0])[:count]
+    return np.concatenate([order, np.full(count - len(order), -1)]).astype(int), list(found[order])
+
+
+def score_picture(
+    eyes: Eyes, case: Case, truth: Truth, picture: np.ndarray, placed: bool = True
+) -> list[dict]:
+    """One row for each expected person of one picture; what is missing is None and counted by `summarize`.
+
+    placed: people stand in the case's boxes; else, as in the base's own pictures, from left to right.
+    """
     made = eyes.find(picture)
-    in_made = metrics.match_boxes(made.bboxes, case.bboxes)
-    shown = eyes.read(picture, case.bboxes)
+    if placed:
+        in_made, boxes = metrics.match_boxes(made.bboxes, case.bboxes), list(case.bboxes)
+    else:
+        in_made, boxes = left_to_right(made.bboxes, len(case.names))
+    shown = eyes.read(picture, boxes, len(case.names))
     rows = []
     for person, name in enumerate(case.names):
         at, reference = truth.in_target[person], truth.references[person]
@@ -223,6 +249,7 @@ def score_picture(eyes: Eyes, case: Case, truth: Truth, picture: np.ndarray) -> 
             "found": bool(in_made[person] >= 0),
             "target_found": bool(at >= 0 and len(reference.bboxes)),
             "extra_faces": max(0, len(made.bboxes) - len(case.names)),
+            "right_number": len(made.bboxes) == len(case.names),
             "read": shown[person],
             "asked": case.world["target"][person] | {key: case.world[key] for key in ("scene", "light")},
             "photo": case.world["references"][person],
@@ -325,6 +352,19 @@ def prompt_figures(rows: Sequence[dict]) -> dict:
     return {"accuracy": out, "balanced": balanced, "all": _mean(np.mean(list(hits.values()), axis=0), cases)}
 
 
+def _by_people(rows: Sequence[dict]) -> dict[str, dict]:
+    """Share of the pictures with as many faces as people were asked for: over all, and by their number."""
+    right = {row["case"]: row["right_number"] for row in rows}
+    people = Counter(row["case"] for row in rows)
+    groups = {"all": list(right)} | {
+        str(count): [case for case in right if people[case] == count]
+        for count in sorted(set(people.values()))
+    }
+    return {
+        name: _mean(np.array([right[case] for case in cases], float), cases) for name, cases in groups.items()
+    }
+
+
 def copied_figures(rows: Sequence[dict]) -> dict:
     """Where photo and prompt disagree: how often the picture shows what the photo shows."""
     out = {}
@@ -342,6 +382,7 @@ def summarize(rows: Sequence[dict]) -> dict:
         "people": len(rows),
         "found": _mean(np.array([row["found"] for row in rows], float), [row["case"] for row in rows]),
         "pictures_with_extra_faces": len({row["case"] for row in rows if row["extra_faces"]}),
+        "asked_number_of_faces": _by_people(rows),
         # Without a judge's weights there is no figure of the judge, and nothing stands in for it.
         "judge": identity_figures(rows, "judge") if JUDGE.exists() else None,
         "coach": identity_figures(rows, "coach"),
@@ -355,20 +396,22 @@ def _eyes(model: str) -> Eyes:
     return Eyes(model)
 
 
-def _score_case(model: str, folders: Sequence[Path], case: Case) -> list[list[dict]]:
-    """The case's rows in each folder of pictures."""
+def _score_case(model: str, folders: Sequence[Path | None], case: Case) -> list[list[dict]]:
+    """The case's rows in each folder of pictures; None: of the target itself."""
     eyes = _eyes(model)
     truth = Truth.of(eyes, case)
+    paths = [case.folder / "ori.jpg" if f is None else f / f"{case.folder.name}.png" for f in folders]
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     return [
-        score_picture(
-            eyes, case, truth, np.asarray(Image.open(folder / f"{case.folder.name}.png").convert("RGB"))
-        )
-        for folder in folders
+        score_picture(eyes, case, truth, picture, placed=folder is None or folder.name != BASE)
+        for folder, picture in zip(folders, pictures, strict=True)
     ]
 
 
-def score(model: str, cases: Sequence[Case], folders: dict[str, Path], workers: int = 2) -> dict[str, dict]:
-    """Figures of every variant's pictures; the same folder is scored once."""
+def score(
+    model: str, cases: Sequence[Case], folders: dict[str, Path | None], workers: int = 2
+) -> dict[str, dict]:
+    """Figures of every variant's pictures, None: of the targets; the same folder is scored once."""
     different = list(dict.fromkeys(folders.values()))
     with ProcessPoolExecutor(workers) as pool:
         scored = list(pool.map(partial(_score_case, model, different), cases, chunksize=4))
@@ -508,7 +551,8 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     pictures = args.work / f"pictures-{folder.name}"
     folders = make_pictures(args.model, cases, pictures, {"default": {}, "base": None}, args.workers)
     result = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
-    result |= score(args.model, cases, folders, args.workers)
+    # The targets themselves beside them: what the best there is scores, and how well the reader reads.
+    result |= score(args.model, cases, folders | {"targets": None}, args.workers)
     asked, alone = (result[name]["prompt"]["all"]["mean"] for name in ("default", "base"))
     result["prompt_following_over_base"] = round(asked / alone, 4)
     _write(result, args.out)
