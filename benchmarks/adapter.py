@@ -1,8 +1,7 @@
 """What the face adapter costs: its share of a denoising step, and its parameters and bytes by part.
 
     python -m benchmarks.adapter            # a step of the base, a straightforward adapter, this one: one run
-    python -m benchmarks.adapter --table    # parameters and bytes of FLUX.1 [dev]'s adapter, without its
-    weights
+    python -m benchmarks.adapter --table    # parameters and bytes of FLUX.1 [dev]'s adapter, no weights needed
 
 The step: a random FLUX transformer of width 1536 (12 heads of 128, 2 double-stream and 4 single-stream
 blocks), 512 px, 128 text tokens, two people whose boxes lie over about a quarter of the picture, both
@@ -186,7 +185,7 @@ def show_measure(result: dict) -> str:
     lines = [f"width {result['width']}, {result['size']} px, {result['people']} people, {under}"]
     for name, value in result["seconds"].items():
         share = result["share_of_a_step"].get(name)
-        lines.append(f"{name:<16}{value:8.3f} s a step" + ("" if share is None else f"  +{share:.1%}"))
+        lines.append(f"{name:<16}{value:8.3f} s a step" + ("" if share is None else f"  {share:+.1%}"))
     lines.append(f"{'encode, once':<16}{result['encode_seconds']:8.3f} s a picture")
     lines.append(
         f"largest difference {result['max_difference']:.1e} on effects of {result['max_effect']:.2f}"

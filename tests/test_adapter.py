@@ -556,7 +556,7 @@ def test_folding_changes_the_cost_and_not_the_result(num_id_tokens, transformer)
 
 
 def released_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of `withanyone.safetensors`, as the method's facts list them."""
+    """Names and shapes of `withanyone.safetensors`, written out from the released file's list."""
     d, shapes = 3072, {}
     for branch in ("arc", "sig"):
         for i in range(57):

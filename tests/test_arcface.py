@@ -1,5 +1,4 @@
-"""The torch recogniser equals the ONNX file, `align_face` equals insightface's warp, and both have
-gradients."""
+"""The torch recogniser equals the ONNX file, `align_face` insightface's warp, and both have gradients."""
 
 from __future__ import annotations
 
@@ -356,8 +355,7 @@ def test_it_computes_in_the_dtype_it_is_cast_to(pack):
 
 
 def test_detected_embedding_equals_the_differentiable_one(pack):
-    """FaceAnalyzer and the torch path see the same face; the warp's rounding to whole values is all
-    between."""
+    """FaceAnalyzer and the torch path see the same face, but for the warp's rounding to whole values."""
     analyzer = FaceAnalyzer.from_pretrained(pack)
     recognizer = Recognizer.from_onnx(analyzer.recognition_path)
     image = tiny_faces.blank(200, 160)

@@ -275,7 +275,7 @@ def test_schedule_is_the_one_of_timestep_shift(shift, size):
 
 
 def test_schedule_at_1024_px_is_flatter_than_flux():
-    """mu 0.47 in place of 1.15 (method facts, section 2)."""
+    """mu 0.47 in place of 1.15, as the released sampler has it."""
     pipe = tiny.pipeline()
     pipe.scheduler.set_timesteps(sigmas=pipe._sigmas(None, 25, 1024, 1024), mu=1.15)
     sigmas = pipe.scheduler.sigmas.numpy()[1:-1]

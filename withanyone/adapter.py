@@ -4,8 +4,8 @@ After every block of FLUX.1 the image tokens x (never the text tokens) become
 
     x + id_scale * CA_arc[i](x, arc tokens) + siglip_scale * CA_sig[i](x, sig tokens)
 
-where a token attends only to the faces whose box touches it (method facts, section 2). Module names are those
-of the released checkpoint.
+where a token attends only to the faces whose box touches it (WithAnyone, arXiv 2510.14975, and its released
+code). Module names are those of the released checkpoint.
 
 What is computed when. `encode` runs once a picture: it makes the face tokens and every block's keys and
 values, which depend on no timestep. Each denoising step then gathers the image tokens under boxes, and only
@@ -58,8 +58,8 @@ BASES: dict[str, tuple[tuple[str, int], ...]] = {
 class FaceCrossAttention(nn.Module):
     """CA(x, f): the image tokens x under boxes attend to the tokens f of their faces; no bias, no rotary.
 
-    `norm1` is for the face tokens, `norm2` for the image tokens; heads of `head_dim`, scale 1 /
-    sqrt(head_dim).
+    `norm1` is for the face tokens, `norm2` for the image tokens; heads are `head_dim` wide, the scale is
+    1 / sqrt(head_dim).
     """
 
     def __init__(self, hidden_size: int, inner_dim: int, head_dim: int) -> None:
@@ -205,8 +205,7 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         pixels_per_token: pixels of the output along a side of an image token (VAE factor 8, patch 2: 16).
         branches: `("arc", "sig")`, or one of them where a branch is trained apart.
 
-    Defaults are the released weights' (method facts, sections 2 and 7). Untrained, every `to_out` is 0, so
-    the adapter changes nothing.
+    Defaults are the released weights'. Untrained, every `to_out` is 0, so the adapter changes nothing.
     """
 
     _no_split_modules = ["FaceCrossAttention"]

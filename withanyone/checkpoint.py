@@ -1,7 +1,7 @@
 """Single-file checkpoints: the released layout and single-branch ones, read strictly, and written.
 
-The adapter's own parameter names are those of the released `withanyone.safetensors` (method facts, section
-7):
+The adapter's own parameter names are those of `withanyone.safetensors`, as released on the Hub in
+WithAnyone/WithAnyone:
 
     ipa_arc.{i}.*  ipa_sig.{i}.*  arcface_in_arc.*  arcface_in_sig.*  siglip_in_sig.*
 

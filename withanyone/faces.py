@@ -262,9 +262,11 @@ class Face:
 
 
 def crop_face(image: Image.Image, bbox: Sequence[float], size: int) -> Image.Image:
-    """The square crop the released models were trained on: the box cut to whole pixels, its shorter side
-    widened to the longer on both sides, clipped to the photo, and resized to `size` x `size` by Lanczos, no
-    margin."""
+    """The square crop the released models were trained on, `size` x `size`.
+
+    The box is cut to whole pixels, its shorter side widened to the longer on both sides, without a margin,
+    clipped to the photo, and resized by Lanczos.
+    """
     x1, y1, x2, y2 = (int(v) for v in bbox)
     wider = (y2 - y1) - (x2 - x1)
     if wider > 0:
@@ -565,8 +567,10 @@ def _download(repo_id, subfolder, revision, token, cache_dir, local_files_only) 
 
 
 def _find_models(folder: Path) -> Path:
-    """The folder that holds the ONNX files: `folder`, or the one of the same name in it (antelopev2's archive
-    unpacks to antelopev2/antelopev2)."""
+    """The folder that holds the ONNX files: `folder`, or the one that an archive unpacked into it.
+
+    antelopev2's archive unpacks to antelopev2/antelopev2.
+    """
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ValueError(f"`{folder}` is not a folder. {_WHERE_TO_GET}")

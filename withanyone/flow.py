@@ -1,7 +1,7 @@
 """Flow matching as FLUX.1 uses it. The one place that says which end is noise.
 
 `sigma` is the share of noise, the paper's t: sigma 1 is pure noise, sigma 0 is the clean latent. The model
-predicts the velocity that leads from clean to noise (method facts, section 4).
+predicts the velocity that leads from clean to noise (rectified flow: arXiv 2209.03003, 2403.03206).
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ def shift_mu(
     """mu of the timestep shift for a picture of `height` x `width` pixels.
 
     FLUX.1 draws a line through (256 tokens, 0.5) and (4096 tokens, 1.15). `"flux"` reads it at the picture's
-    count of image tokens; `"released"` at (w / 8)(h / 8) / 256, as WithAnyone's released sampler does, whose
-    pictures were tuned under that (method facts, section 2): mu 0.47 instead of 1.15 at 1024 px. The line's
-    ends are those of the scheduler's config (`base_image_seq_len`, `max_image_seq_len`, `base_shift`,
-    `max_shift`).
+    count of image tokens; `"released"` at (w / 8)(h / 8) / 256, as WithAnyone's released sampler does, under
+    which its pictures were tuned: mu 0.47 instead of 1.15 at 1024 px. The line's ends are those of the
+    scheduler's config (`base_image_seq_len`, `max_image_seq_len`, `base_shift`, `max_shift`).
     """
     if timestep_shift == "flux":
         num_tokens = (height // pixels_per_token) * (width // pixels_per_token)
@@ -100,8 +99,7 @@ def sample_sigmas(
 ) -> torch.Tensor:
     """Random sigmas (batch_size,) in (0, 1) for training: uniform over the schedule shifted by `mu`.
 
-    `mu` is one number for all, or (batch_size,) where pictures differ in size. Source: method facts, section
-    4.
+    `mu` is one number for all, or (batch_size,) where pictures differ in size.
     """
     uniform = torch.rand(batch_size, generator=generator, device=device).clamp(1e-4, 1 - 1e-4)
     shrink = torch.exp(-torch.as_tensor(mu, dtype=uniform.dtype, device=uniform.device))

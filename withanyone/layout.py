@@ -79,8 +79,8 @@ def token_mask(
 ) -> torch.Tensor:
     """Which image token lies under which face's box: (B, N, F) bool, F the largest number of boxes in a row.
 
-    A box touches columns floor(x1 / p) to ceil(x2 / p) and rows likewise, clipped to the picture (method
-    facts, section 2). `bboxes` holds B lists of boxes. A box that touches no token is an error.
+    A box touches columns floor(x1 / p) to ceil(x2 / p) and rows likewise, clipped to the picture, as in the
+    released code. `bboxes` holds B lists of boxes. A box that touches no token is an error.
     """
     rows, columns = token_grid(height, width, pixels_per_token)
     parsed = [parse_bboxes(boxes, name=f"bboxes[{b}]") for b, boxes in enumerate(bboxes)]

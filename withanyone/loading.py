@@ -40,8 +40,7 @@ VARIANTS = ["*.fp16.*", "*.bf16.*", "*.fp16-*", "*.bf16-*"]
 
 
 class LoadingMixin(DiffusionPipeline):
-    """from_pretrained, save_pretrained, push_to_hub and from_pipe for a pipeline with components of this
-    package."""
+    """Loading and saving for a pipeline that has components of this package."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):

@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 
 Person = ImageSource | Face | Sequence[ImageSource | Face]
 
-# The released demo's settings (method facts, section 2). height and width None: FluxPipeline's own, 1024 px
-# with FLUX.1's VAE.
+# The released demo's settings; its code's, where the paper (arXiv 2510.14975) names none. height and width
+# None: FluxPipeline's own, 1024 px with FLUX.1's VAE.
 RELEASED_SAMPLING: dict[str, Any] = {
     "height": None,
     "width": None,
