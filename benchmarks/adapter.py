@@ -1,7 +1,7 @@
 """What the face adapter costs: its share of a denoising step, and its parameters and bytes by part.
 
     python -m benchmarks.adapter            # a step of the base, a straightforward adapter, this one: one run
-    python -m benchmarks.adapter --table    # parameters and bytes of FLUX.1 [dev]'s adapter, no weights needed
+    python -m benchmarks.adapter --table    # parameters and bytes of FLUX.1 [dev]'s adapter, by shapes
 
 The step: a random FLUX transformer of width 1536 (12 heads of 128, 2 double-stream and 4 single-stream
 blocks), 512 px, 128 text tokens, two people whose boxes lie over about a quarter of the picture, both

@@ -4,7 +4,8 @@
         --face ada.jpg --face bela.jpg --prompt "a photo of two friends at the beach" --offload model
 
 Needs access to FLUX.1 [dev] (non-commercial licence), the released adapter, and insightface's antelopev2
-models (non-commercial research only).
+models (non-commercial research only). The 8-bit transformer needs torchao
+(`pip install -c constraints.txt torchao`); without it, `--quantize none`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import FluxTransformer2DModel, TorchAoConfig
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import SiglipImageProcessor, SiglipVisionModel
 
 from withanyone import FaceAdapter, FaceAnalyzer, WithAnyonePipeline, slider_scales
@@ -63,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load(model: str, adapter: str, face_pack: str, image_encoder: str, quantize: str) -> WithAnyonePipeline:
     """FLUX.1 with the adapter's parts; the transformer in bfloat16, or its weights in 8 bits."""
-    config = TorchAoConfig(Int8WeightOnlyConfig()) if quantize == "int8" else None
+    config = None
+    if quantize == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
     transformer = FluxTransformer2DModel.from_pretrained(
         model, subfolder="transformer", quantization_config=config, dtype=torch.bfloat16
     )

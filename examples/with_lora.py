@@ -2,6 +2,8 @@
 
 python examples/with_lora.py --lora style.safetensors --model MODEL --face ada.jpg
 python examples/with_lora.py                         the miniature with a LoRA made up on the spot
+
+LoRA needs peft: pip install -c constraints.txt peft
 """
 
 from __future__ import annotations
