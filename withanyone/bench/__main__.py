@@ -13,6 +13,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -195,6 +196,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="markdown", help="markdown, csv or latex")
     parser.add_argument("--intervals", action="store_true", help="with intervals")
     parser.add_argument("--attributes", action="store_true", help="what was copied, attribute by attribute")
+    parser.add_argument("--subset", default="all", choices=("all", "single", "multi"), help="of --attributes")
     parser.add_argument("--only-own", action="store_true", help="without the published tables")
     parser.add_argument("--out", type=Path, help="file (default: printed)")
 
@@ -211,7 +213,7 @@ def _table(args: argparse.Namespace) -> int:
         tables = tables[2:]
     text = render(tables, args.format, args.intervals)
     if args.attributes:
-        text += "".join("\n" + attribute_table(result) for result in results if result.get("attributes"))
+        text += "".join("\n" + attribute_table(result, args.subset) for result in results)
     text += "".join("\n" + sweep_table(read_sweep(path)) for path in sweeps)
     if args.out is None:
         print(text, end="")
@@ -231,6 +233,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("results", nargs="*", type=Path, help="results.json (sweep: sweep.json)")
     parser.add_argument("--several", action="store_true", help="tradeoff: several people (Table 2)")
+    parser.add_argument("--subset", default="all", choices=("all", "single", "multi"), help="of attributes")
     parser.add_argument("--out", type=Path, required=True, help="png, pdf or svg")
 
 
@@ -252,7 +255,11 @@ def _plot(args: argparse.Namespace) -> int:
             said = plots.plot_tradeoff(results, args.out, several=args.several)
             print("\n".join(said))
         else:
-            draw = {"cases": plots.plot_cases, "real": plots.plot_real, "attributes": plots.plot_attributes}
+            draw = {
+                "cases": plots.plot_cases,
+                "real": plots.plot_real,
+                "attributes": partial(plots.plot_attributes, subset=args.subset),
+            }
             draw[args.kind](results, args.out)
     print(args.out)
     return 0

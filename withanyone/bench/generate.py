@@ -6,7 +6,7 @@
     out/generate.json                               what made them; another run into the folder must agree
 
 Two models are no pipelines: `target` gives the cases' own ground truths as a method's pictures (the tables'
-row GT), `reference` the photos (row Ref; side by side where there are several people).
+row GT), `reference` the photos (row Ref; in a grid where there are several people).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -161,7 +162,7 @@ class Maker:
             return case.target.image
         photos = [photo.image for photo in case.references]
         if self.plan.model == "reference":
-            return side_by_side(photos)
+            return in_a_grid(photos)
         import torch
 
         size = output_size(case, self.plan.max_side)
@@ -174,15 +175,15 @@ class Maker:
         return self._pipe(prompt=case.prompt, faces=photos, generator=generator, **given).images[0]
 
 
-def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """One picture of all, from left to right, upper edges aligned on grey."""
+def in_a_grid(images: Sequence[Image.Image]) -> Image.Image:
+    """One picture of all, row by row on grey, about as wide as high; a single one as it is."""
     if len(images) == 1:
         return images[0]
-    page = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), (128, 128, 128))
-    left = 0
-    for image in images:
-        page.paste(image, (left, 0))
-        left += image.width
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    page = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), (128, 128, 128))
+    for number, image in enumerate(images):
+        page.paste(image, (number % columns * width, number // columns * height))
     return page
 
 

@@ -11,7 +11,7 @@ Schema `withanyone.bench.results/1` (`read_results` checks it):
     environment             git hash of this repository, versions of the packages
     metrics                 {"all" | "single" | "multi": {metric: {mean, low, high, n, cases}}}
     by_judge                {recogniser: the same with the identity metrics of it alone}
-    attributes              {attribute: followed, and copied where photo and target disagree}, None without
+    attributes              {subset: {attribute: followed, and copied where photo and target disagree}}
     diversity               between a case's pictures at several seeds, None with one picture a case
     problems                {kind: {"count", "first"}}: what was missing, in words
     broken_cases            {case: what is wrong}: left out of every figure
@@ -35,7 +35,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .cases import Cases
-from .figures import IDENTITY, add_crowd, attribute_figures, diversity_figures, figures, people_of
+from .figures import IDENTITY, SUBSETS, add_crowd, attribute_figures, diversity_figures, figures, people_of
 from .judges import Panel
 from .scoring import DEFAULTS, Scored, Settings
 
@@ -64,7 +64,7 @@ def make_results(
     bootstrap = {"level": 0.95, "resamples": 1000, "seed": 0} | (bootstrap or {})
     rows, judges = scored.rows, panel.scoring
     add_crowd(rows, scored.vectors)
-    found = figures(rows, judges, settings, bootstrap)
+    means = figures(rows, judges, settings, bootstrap)
     by_judge = {}
     for judge in panel.recognizers:
         alone = figures(rows, [judge.name], settings, bootstrap)
@@ -96,9 +96,13 @@ def make_results(
         "settings": asdict(settings) | {"bootstrap": bootstrap},
         "generation": generation,
         "environment": environment(),
-        "metrics": found,
+        "metrics": means,
         "by_judge": by_judge,
-        "attributes": attribute_figures(rows, judges, settings, bootstrap),
+        "attributes": {
+            subset: found
+            for subset, belongs in SUBSETS.items()
+            if (found := attribute_figures([r for r in rows if belongs(r)], judges, settings, bootstrap))
+        },
         "diversity": diversity_figures(rows, scored.vectors, bootstrap),
         "problems": _problems(rows),
         "broken_cases": scored.broken,

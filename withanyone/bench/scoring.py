@@ -49,7 +49,7 @@ from .judges import Panel, Truth, load_panel
 logger = logging.getLogger(__name__)
 
 #: Part of every row's key: raise it when a row would come out differently.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,7 @@ def _score_picture(
     swaps = _swaps(known, made, box_face, panel.scoring)
     read = None
     if pixels is not None and panel.attributes and known.truths is not None:
-        places = boxes if boxes is not None else _places(made, face_of, pixels)
-        read = panel.attributes[0].read(pixels, places)
+        read = panel.attributes[0].read(pixels, _places(made, face_of, box_face, boxes, pixels))
     entry = {
         "file": None if path is None else path.name,
         "seed": None if path is None else _seed_of(path),
@@ -418,10 +417,24 @@ def _picture_values(
     return {name: round(value, 6) for name, value in out.items()}
 
 
-def _places(made: Seen | None, face_of: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """(P, 4) where to look for each person without boxes: at their face, or at the whole picture."""
+def _places(
+    made: Seen | None,
+    face_of: np.ndarray,
+    box_face: np.ndarray,
+    boxes: np.ndarray | None,
+    pixels: np.ndarray,
+) -> np.ndarray:
+    """(P, 4) where to look for each person: at the face in the person's box (the prompt says who stands
+    where), else at the face assigned to the person, else in the empty box, else at the whole picture."""
     whole = np.array([0, 0, pixels.shape[1], pixels.shape[0]], np.float64)
-    return np.stack([whole if made is None or face < 0 else made.bboxes[face] for face in face_of])
+    out = []
+    for person, (assigned, standing) in enumerate(zip(face_of, box_face, strict=True)):
+        face = standing if standing >= 0 else assigned
+        if made is not None and face >= 0:
+            out.append(made.bboxes[face].astype(np.float64))
+        else:
+            out.append(whole if boxes is None else boxes[person])
+    return np.stack(out)
 
 
 def _pose(seen: Seen | None, face: int) -> list[float] | None:

@@ -30,6 +30,7 @@ OWN_COLUMNS = (
     "clip_i", "clip_t", "aesthetic",
 )  # fmt: skip
 FORMATS = ("markdown", "csv", "latex")
+SUBSET_WORDS = {"all": "all cases", "single": "one person", "multi": "several people"}
 
 
 @dataclass(frozen=True)
@@ -261,13 +262,19 @@ def _csv(tables: Iterable[Table]) -> str:
 # ---- attributes and sweeps -------------------------------------------------------------------------------
 
 
-def attribute_table(result: dict) -> str:
+def attribute_table(result: dict, subset: str = "all") -> str:
     """Markdown: what of each attribute was followed, and what was copied from the photo."""
-    attributes = result.get("attributes")
+    attributes = (result.get("attributes") or {}).get(subset)
     if not attributes:
-        raise ValueError(f"`results` of {result['method']} has no attributes: no judge knew the world.")
+        raise ValueError(
+            f"`results` of {result['method']} has no attributes of {subset!r}: no judge knew the world."
+        )
     heads = ["Attribute", "Followed ↑", "Copied ↓", "By chance", "As target ↑", "CP if copied", "CP if not"]
-    lines = [f"**{result['method']}: what was taken from the photo**", "", _line(heads)]
+    lines = [
+        f"**{result['method']}: what was taken from the photo ({SUBSET_WORDS[subset]})**",
+        "",
+        _line(heads),
+    ]
     lines.append(_line([":--", *("--:" for _ in heads[1:])]))
     keys = ("followed", "copied", "by_chance", "as_target", "copy_paste_of_copied", "copy_paste_of_others")
     for name, values in attributes.items():
