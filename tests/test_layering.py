@@ -14,7 +14,8 @@ PARTS = (
 )
 
 FACES = {"withanyone.faces"}
-ADAPTER = {"withanyone.layout", "withanyone.conditioning", "withanyone.checkpoint", "withanyone.adapter"}
+ADAPTER = {"withanyone.layout", "withanyone.bases", "withanyone.conditioning", "withanyone.checkpoint"}
+ADAPTER |= {"withanyone.adapter"}
 CORE = FACES | ADAPTER | {"withanyone", "withanyone.flow", "withanyone.arcface", "withanyone.pipeline"}
 CORE |= {"withanyone.settings", "withanyone.loading"}
 # The longest name that begins a module's own decides what of this repository it may import.
@@ -22,6 +23,7 @@ MAY_IMPORT = {
     "withanyone.flow": set(),
     "withanyone.settings": set(),
     "withanyone.layout": set(),
+    "withanyone.bases": set(),
     "withanyone.faces": set(),
     "withanyone.arcface": FACES,
     "withanyone.conditioning": set(),

@@ -35,21 +35,15 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from . import checkpoint
+from . import bases, checkpoint
+from .bases import HOOK_NAME, transformer_blocks
 from .conditioning import BranchConditioning, FaceConditioning, TokenGroups, group_tokens
 from .layout import token_mask
 
 logger = logging.getLogger(__name__)
 
-HOOK_NAME = "withanyone"
 CONDITIONING_KEY = "ip_hidden_states"  # a name that FluxAttention drops quietly
 BRANCHES = ("arc", "sig")
-
-# The bases the adapter knows: their block lists in running order, and where the image tokens stand in the
-# tuple that each block returns.
-BASES: dict[str, tuple[tuple[str, int], ...]] = {
-    "FluxTransformer2DModel": (("transformer_blocks", 1), ("single_transformer_blocks", 1)),
-}
 
 
 # The maths
@@ -448,7 +442,7 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         self._check_fits(transformer)
         if self.is_attached(transformer):
             return
-        _check_attachable(transformer)
+        bases.check_attachable(transformer)
         for index, (block, image_output) in enumerate(transformer_blocks(transformer)):
             registry = HookRegistry.check_if_exists_or_initialize(block)
             registry.remove_hook(HOOK_NAME, recurse=False)
@@ -458,18 +452,17 @@ class FaceAdapter(ModelMixin, ConfigMixin):
 
     def detach(self, transformer: nn.Module) -> None:
         """Restore the base `transformer`. Nothing happens where no adapter is attached."""
-        hooks = _attached_hooks(transformer)
-        if not any(hooks):
+        if not any(bases.attached_hooks(transformer)):
             return
         if not self.is_attached(transformer):
             raise ValueError("Another adapter is attached to the `transformer`; call `detach` on that one.")
-        _check_detachable(transformer)
+        bases.check_detachable(transformer)
         for block, _ in transformer_blocks(transformer):
             HookRegistry.check_if_exists_or_initialize(block).remove_hook(HOOK_NAME, recurse=False)
 
     def is_attached(self, transformer: nn.Module) -> bool:
         """True where this adapter's faces are added in every block of `transformer`."""
-        hooks = _attached_hooks(transformer)
+        hooks = bases.attached_hooks(transformer)
         return bool(hooks) and all(hook is not None and hook.adapter is self for hook in hooks)
 
     def _check_fits(self, transformer: nn.Module) -> None:
@@ -598,63 +591,6 @@ def check_scale(scale: float | torch.Tensor, name: str, batch_size: int = 1) -> 
     if not (torch.isfinite(scale).all() and (scale >= 0).all()):
         raise ValueError(f"`{name}` is {given}; give a finite number of at least 0.")
     return scale.flatten().expand(batch_size)
-
-
-# The seam with the transformer
-
-
-def transformer_blocks(transformer: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The blocks of `transformer` in running order, each with the place of the image tokens in its output."""
-    base = next((parent.__name__ for parent in type(transformer).__mro__ if parent.__name__ in BASES), None)
-    if base is None:
-        hint = " Attach first, then compile." if hasattr(transformer, "_orig_mod") else ""
-        name = type(transformer).__name__
-        raise ValueError(f"`transformer` is a {name}; the adapter knows {', '.join(BASES)}.{hint}")
-    return [(block, output) for name, output in BASES[base] for block in getattr(transformer, name)]
-
-
-def _attached_hooks(transformer: nn.Module) -> list[FaceHook | None]:
-    registries = (getattr(block, "_diffusers_hook", None) for block, _ in transformer_blocks(transformer))
-    return [None if registry is None else registry.get_hook(HOOK_NAME) for registry in registries]
-
-
-def _check_attachable(transformer: nn.Module) -> None:
-    if getattr(transformer, "is_cache_enabled", False) or _has_skipping_hooks(transformer):
-        raise ValueError(
-            "A cache is enabled on the `transformer`, and an adapter attached after it would act on skipped "
-            "steps; call `transformer.disable_cache()` (or remove the hooks on its blocks), attach, and "
-            "enable the cache again."
-        )
-    if _is_compiled(transformer):
-        raise ValueError(
-            "The `transformer` is compiled already, and hooks added later would be ignored; attach the "
-            "adapter before compiling (load the transformer anew)."
-        )
-
-
-def _check_detachable(transformer: nn.Module) -> None:
-    if getattr(transformer, "is_cache_enabled", False) or _has_skipping_hooks(transformer):
-        raise ValueError(
-            "A cache is enabled over the adapter; call `transformer.disable_cache()` (or remove the hooks on "
-            "its blocks), then `detach`."
-        )
-    if _is_compiled(transformer):
-        raise ValueError(
-            "The `transformer` was compiled with the adapter, so it cannot be detached; calls without faces "
-            "give the base's output already."
-        )
-
-
-def _has_skipping_hooks(transformer: nn.Module) -> bool:
-    """True where another hook decides whether a block runs: a cache applied without `enable_cache`."""
-    registries = (getattr(block, "_diffusers_hook", None) for block, _ in transformer_blocks(transformer))
-    hooks = (item for registry in registries if registry is not None for item in registry.hooks.items())
-    return any(name != HOOK_NAME and hasattr(hook, "new_forward") for name, hook in hooks)
-
-
-def _is_compiled(transformer: nn.Module) -> bool:
-    modules = [transformer, *(block for block, _ in transformer_blocks(transformer))]
-    return any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
 
 
 # Size on paper
