@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -360,68 +354,3 @@ def test_validation_makes_pictures_and_scores_a_missing_face_as_zero(world, tmp_
     assert face_in_box(trainer.pipeline.face_analyzer.detect(painted), (0, 0, 8, 8)) is None
     with pytest.raises(ValueError, match="`validation_cases`"):
         validate(trainer.pipeline, str(tmp_path / "nowhere"), 1, tmp_path / "x.png")
-
-
-# --- whole processes --------------------------------------------------------------------------------------
-
-
-def _phase(world, tmp_path, out, **overrides):
-    pretrained = tmp_path / "pipeline"
-    if not pretrained.exists():
-        world[1].register_modules(face_adapter=None)
-        world[1].save_pretrained(pretrained)
-    values = tw.settings(world[0], out, pretrained=str(pretrained), **overrides)
-    path = tmp_path / f"{out.name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def _command(*args, processes=1):
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port",
-              str(random.randint(20000, 40000))] if processes > 1 else []  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, *launch, "-m", "train", *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint(world, tmp_path):
-    settings = {"max_train_steps": 30, "checkpointing_steps": 4, "paired_ratio": 0.5, "optimizer": "muon"}
-    whole = _phase(world, tmp_path, tmp_path / "whole", **settings)
-    process = _command("--config", whole)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    parts = _phase(world, tmp_path, tmp_path / "parts", **settings)
-    log = tmp_path / "parts" / "log.jsonl"
-    for after in (3, 9, 18):
-        process = _command("--config", parts)
-        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > after):
-            time.sleep(0.05)
-        process.kill()
-        process.communicate()
-    process = _command("--config", parts)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "going on from" in output
-    assert _log(tmp_path / "parts") == _log(tmp_path / "whole")
-    output, _ = _command("--config", parts).communicate(timeout=300)
-    assert "is finished, passed over" in output
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(world, tmp_path):
-    # Adam's first step is a gradient's sign: the learning rate keeps what rounding does to tiny ones small
-    settings = {"max_train_steps": 4, "paired_ratio": 0.5, "id_faces_per_step": 64, "learning_rate": 1e-5}
-    for name, processes in (("one", 1), ("two", 2)):
-        process = _command(
-            "--config", _phase(world, tmp_path, tmp_path / name, **settings), processes=processes
-        )
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    for a, b in zip(_log(tmp_path / "one"), _log(tmp_path / "two"), strict=True):
-        for name in ("loss", "diffusion_loss", "id_loss", "id_contrastive_loss"):
-            assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
-    first = [_log(tmp_path / name)[0] for name in ("one", "two")]
-    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)

@@ -1,24 +1,47 @@
 """Command line of training: `python -m train --config PHASE.yaml [PHASE.yaml ...] [key=value ...]`.
 
-`prepare --config ...` reads the shards ahead, `check` and `references` look at shards alone.
-
 Several phases run in turn, each going on from the last one's adapter. The same command again goes on where
 the run was; a finished phase is passed over.
+
+Other commands (each has --help):
+    prepare --config ...   catalogues and reference bank, built ahead of the run
+    check                  how many records of a folder of shards are good, the others by reason
+    references             the reference bank alone, with image features if asked
+    own-data               own photos (a folder a person, and group photos) as shards
+    stylise                phase 4's stylised variants, made by the model
+    merge                  an arc and a sig adapter that were trained apart, as one
+    memory                 what a run needs on each GPU, computed
+    settings               the table of all settings
+    release                a model repository of a run, checked and pushed (python -m train.release)
+    reproduce              the claim's rows on the miniature (python -m train.reproduce)
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 from .config import TrainConfig, dump_config, load_config
 
 logger = logging.getLogger("train")
+
+#: Command -> (module, function that adds arguments, function that runs and returns what to print)
+COMMANDS = {
+    "check": ("commands", "add_check", "check"),
+    "references": ("commands", "add_references", "references"),
+    "merge": ("commands", "add_merge", "merge"),
+    "settings": ("commands", "add_settings", "settings"),
+    "own-data": ("own_data", "add_arguments", "run"),
+    "stylise": ("stylise", "add_arguments", "run"),
+    "memory": ("memory", "add_arguments", "run"),
+    "release": ("release", "add_arguments", "run"),
+    "reproduce": ("reproduce", "add_arguments", "run"),
+}
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -36,7 +59,7 @@ def chain(paths: list[str], overrides: list[str]) -> list[TrainConfig]:
     configs: list[TrainConfig] = []
     for path in paths:
         config = load_config(path, overrides)
-        if configs and config.init_from is None:
+        if configs and config.init_from is None and not config.merge_from:
             config = dataclasses.replace(config, init_from=str(Path(configs[-1].output_dir) / "adapter"))
         configs.append(config)
     folders = [config.output_dir for config in configs]
@@ -45,12 +68,8 @@ def chain(paths: list[str], overrides: list[str]) -> list[TrainConfig]:
     return configs
 
 
-def run(args: argparse.Namespace) -> None:
-    configs = chain(args.config, args.overrides)
-    if args.dry_run:
-        for config in configs:
-            print(dump_config(config))
-        return
+def train(configs: list[TrainConfig]) -> None:
+    """Runs the phases that are not finished."""
     for config in configs:
         missing = [n for n in ("pretrained", "shards", "output_dir") if not getattr(config, n)]
         if missing:
@@ -65,100 +84,41 @@ def run(args: argparse.Namespace) -> None:
         Trainer(config).train()
 
 
-def open_pack(pretrained: str | None):  # noqa: ANN201
-    """The face pack of a pipeline folder, or None where none is given."""
-    if not pretrained:
-        return None
-    from withanyone import FaceAnalyzer
-
-    from .pack import PackReader
-
-    return PackReader(FaceAnalyzer.from_pretrained(Path(pretrained) / "face_analyzer"))
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Builds catalogues and reference bank of the phases ahead of the runs that need them."""
-    from .data import open_data
-
-    for config in chain(args.config, args.overrides):
-        pack = open_pack(config.pretrained)
-        catalogues, bank = open_data(config, pack.analyzer if pack else None)
-        for name, catalogue in catalogues.items():
-            bad = catalogue.bad or "none"
-            print(f"{name}: {len(catalogue)} records, {len(catalogue.kps)} faces, left out {bad}")
-        if bank:
-            print(f"bank: {len(bank)} photos of {len(bank.names)} people")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Prints how many records of each kind are good, and the others by reason."""
-    from .catalogue import SUBSETS, build_catalogue
-    from .shards import REASONS, list_shards
-
-    bad: Counter[str] = Counter()
-    pack = open_pack(args.pretrained)
-    for folder in SUBSETS["rec"]:
-        shards = list_shards(f"{args.shards.rstrip('/')}/{folder}")
-        catalogue = build_catalogue(shards, paired=folder in SUBSETS["cp"], pack=pack)
-        bad.update(catalogue.bad)
-        print(f"{folder}: {len(shards)} shards, {len(catalogue)} good records, {len(catalogue.kps)} faces")
-    for reason, count in bad.most_common():
-        print(f"{count:8d} {reason}: {REASONS[reason]}")
-
-
-def references(args: argparse.Namespace) -> None:
-    """Builds the reference bank, with the image features of every face crop if asked."""
-    from .references import REFERENCE_TARS, build_bank, cache_features
-    from .shards import list_shards
-
-    pack = open_pack(args.pretrained)
-    out = Path(args.out or Path(args.shards) / ".train_cache" / "bank")
-    bank, bad = build_bank(list_shards(f"{args.shards.rstrip('/')}/{REFERENCE_TARS}"), out, pack=pack)
-    print(f"{out}: {len(bank)} photos of {len(bank.names)} people; left out: {bad or 'none'}")
-    if args.features:
-        if pack is None:
-            raise ValueError("`--features` needs `--pretrained`: the pipeline folder with the image encoder.")
-        import torch
-        from transformers import SiglipImageProcessor, SiglipVisionModel
-
-        from withanyone.faces import crop_face
-
-        encoder = SiglipVisionModel.from_pretrained(args.pretrained, subfolder="image_encoder").eval()
-        processor = SiglipImageProcessor.from_pretrained(args.pretrained, subfolder="feature_extractor")
-
-        @torch.no_grad()
-        def encode(crops):  # noqa: ANN001, ANN202
-            return encoder(processor(crops, return_tensors="pt").pixel_values).last_hidden_state.numpy()
-
-        bank = cache_features(
-            bank, out, encode, lambda photo, box: crop_face(photo, box, pack.analyzer.crop_size)
-        )
-        print(f"{out}: image features {bank.features.shape} {bank.features.dtype}")
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if argv and argv[0] == "check":
-        parser = argparse.ArgumentParser(prog="python -m train check", description=check.__doc__)
-        parser.add_argument("--shards", required=True, help="folder with train_rec, train_cp and ref")
-        parser.add_argument("--pretrained", help="pipeline folder: its face pack stands in for missing .npy")
-        check(parser.parse_args(argv[1:]))
+    if argv and argv[0] in COMMANDS:
+        print(run_command(argv[0], argv[1:]))
         return
-    if argv and argv[0] == "references":
-        parser = argparse.ArgumentParser(prog="python -m train references", description=references.__doc__)
-        parser.add_argument("--shards", required=True, help="folder with ref/tars")
-        parser.add_argument("--out", help="the bank's folder; default: where a run looks for it")
-        parser.add_argument("--pretrained", help="pipeline folder: its face pack finds faces without an .npy")
-        parser.add_argument("--features", action="store_true", help="keep the face crops' image features")
-        references(parser.parse_args(argv[1:]))
-        return
-    args = parse_phases(argv[1:] if argv[:1] == ["prepare"] else argv)
-    (prepare if argv[:1] == ["prepare"] else run)(args)
+    is_prepare = argv[:1] == ["prepare"]
+    args, configs = parse_phases(argv[1:] if is_prepare else argv)
+    if is_prepare:
+        from .commands import prepare
+
+        print(prepare(configs))
+    elif args.dry_run:
+        for config in configs:
+            print(dump_config(config))
+    else:
+        train(configs)
 
 
-def parse_phases(argv: list[str]) -> argparse.Namespace:
+def run_command(name: str, argv: list[str]) -> str:
+    """Runs one of `COMMANDS`; a wrong argument ends it as the command line's own errors do."""
+    module, add_arguments, run = COMMANDS[name]
+    module = importlib.import_module(f"train.{module}")
+    about = (getattr(module, run).__doc__ or module.__doc__).strip().splitlines()[0]
+    parser = argparse.ArgumentParser(prog=f"python -m train {name}", description=about)
+    getattr(module, add_arguments)(parser)
+    args = parser.parse_args(argv)
+    try:
+        return getattr(module, run)(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def parse_phases(argv: list[str]) -> tuple[argparse.Namespace, list[TrainConfig]]:
     """`--config FILE ... [key=value ...]`: what has an equals sign is an override, wherever it stands."""
     parser = argparse.ArgumentParser(
         prog="python -m train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,10 +133,9 @@ def parse_phases(argv: list[str]) -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
-        chain(args.config, args.overrides)
+        return args, chain(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
-    return args
 
 
 if __name__ == "__main__":

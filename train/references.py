@@ -34,6 +34,7 @@ from .shards import (
     group_members,
     list_shards,
     load_npy,
+    parse_info,
     scan_shard,
 )
 
@@ -162,7 +163,8 @@ def draw_negatives(
 def _embedding_and_box(
     members: dict[str, Member], shard: str, reader: ShardReader, pack: PackReader | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A photo's raw embedding (512,) and face box (4,): from its `.npy`, else by `pack`."""
+    """A photo's raw embedding (512,) and face box (4,): from its `.npy` (the box perhaps from a `.json`),
+    else by `pack`."""
     picture = members["image"]
     if "npy" in members:
         value = load_npy(reader.read(shard, members["npy"].offset, members["npy"].size))
@@ -172,6 +174,8 @@ def _embedding_and_box(
             value = value.get("embeddings", value.get("embedding"))
         if value is None:
             raise BadRecord("missing_key", "embedding")
+        if box is None and "json" in members:
+            box = parse_info(reader.read(shard, members["json"].offset, members["json"].size)).get("bboxes")
         try:
             embedding = np.asarray(value, dtype=np.float32).reshape(-1, 512)
             box = None if box is None else np.asarray(box, dtype=np.float32).reshape(-1, 4)

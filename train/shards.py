@@ -386,6 +386,8 @@ def parse_sides(json_bytes: bytes, npy_bytes: bytes | None, *, paired: bool) -> 
     if len(npy_bytes or b"") > MAX_SIDE_FILE_BYTES:
         raise BadRecord("bad_npy", "too large")
     arrays = {} if npy_bytes is None else load_npy(npy_bytes)
+    if isinstance(arrays, np.ndarray):  # without a pickle: the embeddings alone
+        arrays = {"embeddings": arrays}
     if not isinstance(arrays, dict):
         raise BadRecord("missing_key", "the .npy holds no dict")
     boxes = info["bboxes"] if info.get("bboxes") is not None else arrays.get("bboxes")

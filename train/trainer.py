@@ -325,6 +325,7 @@ class Trainer:
         if accelerator.is_main_process:
             state = {
                 "config": dataclasses.asdict(self.config),
+                "adapter_config": {k: v for k, v in self.adapter.config.items() if not k.startswith("_")},
                 "reads": reads,
                 "bad": dict(bad),
                 "faces": dict(faces),

@@ -1,0 +1,423 @@
+"""The paper's claim, shown or not: paired tuning with extended negatives copies less at the same likeness.
+
+`reproduce.yaml` names the rows: settings on top of one shared phase file, all going on from one phase-2
+adapter for the same number of steps. For each row and seed: train (the best checkpoint is chosen on
+validation cases), make the test cases' pictures, have them scored by the judge, once. Then a table, a figure
+(Sim(GT) against copy-paste, as the paper's Figure 5) and their JSON, and what they say about the claim,
+whatever that is. Every step is a command that goes on where it was stopped, so all of it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from withanyone.bench.figures import metric_values
+from withanyone.bench.results import read_results
+from withanyone.bench.scoring import Settings
+
+from .config import load_config, make_config, read_yaml
+
+logger = logging.getLogger(__name__)
+
+PLAN = Path(__file__).parent / "reproduce.yaml"
+STAGES = ("train", "generate", "score", "table")
+SHOWN = ("sim_gt", "sim_ref", "copy_paste", "prompt_following", "found", "ceiling")
+COPIED = ("hair_style", "glasses", "expression")
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: settings on top of the shared ones."""
+
+    name: str
+    title: str
+    settings: dict[str, Any]
+    seeds: tuple[int, ...]
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `reproduce.yaml` says."""
+
+    out: Path
+    figures: Path
+    start: str
+    config: str
+    validation: dict[str, Any]
+    test: dict[str, Any]
+    rows: tuple[Row, ...]
+    control: str
+    full: str
+    min_ceiling_share: float
+    min_control_copy_paste: float
+    workers: int = 1
+    overrides: tuple[str, ...] = field(default=())
+
+    def row(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise ValueError(f"`rows` has no {name!r}; known: {', '.join(row.name for row in self.rows)}.")
+
+    def folder(self, row: Row, seed: int) -> Path:
+        return self.out / row.name / f"seed_{seed}"
+
+    def runs(self, names: Sequence[str] | None = None) -> Iterator[tuple[Row, int]]:
+        """The rows with each of their seeds, the two headline rows' first seeds first."""
+        chosen = [self.row(name) for name in names] if names else list(self.rows)
+        chosen.sort(key=lambda row: not row.headline)
+        for place in range(max(len(row.seeds) for row in chosen)):
+            for row in chosen:
+                if place < len(row.seeds):
+                    yield row, row.seeds[place]
+
+
+def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of a YAML file, its rows' settings checked. `overrides` (key=value) go to every training."""
+    values = yaml.safe_load(path.read_text())
+    try:
+        seeds, headline_seeds = values.pop("seeds"), values.pop("headline_seeds")
+        rows = tuple(
+            Row(
+                name, entry["title"], entry.get("settings") or {},
+                tuple(headline_seeds if entry.get("headline") else seeds), bool(entry.get("headline")),
+            )
+            for name, entry in values.pop("rows").items()
+        )  # fmt: skip
+        paths = {name: Path(values.pop(name)) for name in ("out", "figures")}
+        plan = Plan(rows=rows, overrides=tuple(overrides), **paths, **values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"`plan` {path} lacks or has an entry that is not known: {error}.") from error
+    plan.row(plan.control), plan.row(plan.full)
+    shared = read_yaml(plan.config)
+    for row in plan.rows:
+        make_config({**shared, **row.settings}, where=f"{path}, row {row.name}")
+    return plan
+
+
+# --- the steps of one run --------------------------------------------------------------------------------
+
+
+def command(*words: str | Path) -> None:
+    """Runs a command; RuntimeError where it fails."""
+    words = [str(word) for word in words]
+    logger.info("%s", " ".join(words[1:] if words[0] == sys.executable else words))
+    done = subprocess.run(words, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"ended with status {done.returncode}; the same command goes on: {shlex.join(words)}"
+        )
+
+
+def ensure_cases(entry: Mapping[str, Any]) -> None:
+    """Makes a set of cases by its own command where it is not there. Written aside and renamed."""
+    folder = Path(entry["cases"])
+    if folder.exists():
+        return
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    words = shlex.split(entry["make"].format(out=shlex.quote(str(aside))))
+    command(*(sys.executable if word == "python" else word for word in words))
+    os.replace(aside, folder)
+
+
+def write_config(plan: Plan, row: Row, seed: int) -> Path:
+    """The phase file of one run: shared settings, the row's, the seed's."""
+    folder, validation = plan.folder(row, seed), plan.validation
+    shared = read_yaml(plan.config)
+    settings = {
+        **shared, **row.settings, "seed": seed, "init_from": plan.start,
+        "output_dir": str(folder / "training"), "validation_cases": validation["cases"],
+        "validation_count": validation["count"], "validation_steps": validation["every"],
+        "best_metric": validation["metric"],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "phase.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    load_config(path, plan.overrides)
+    return path
+
+
+def train(plan: Plan, row: Row, seed: int) -> None:
+    """Trains to the end, then puts the chosen adapter into a pipeline folder (`model`)."""
+    ensure_cases(plan.validation)
+    path = write_config(plan, row, seed)
+    command(sys.executable, "-m", "train", "--config", path, *plan.overrides)
+    config = load_config(path, plan.overrides)
+    training, model = Path(config.output_dir), plan.folder(row, seed) / "model"
+    chosen = training / "best" if (training / "best").exists() else training / "adapter"
+    link_pipeline(Path(config.pretrained), chosen, model)
+
+
+def link_pipeline(pretrained: Path, adapter: Path, out: Path) -> None:
+    """A pipeline folder with the parts of `pretrained` (links) and another adapter (copied)."""
+    aside = out.with_name(out.name + ".partial")
+    for folder in (aside, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for part in pretrained.resolve().iterdir():
+        if part.name == "model_index.json":
+            index = json.loads(part.read_text())
+            index["face_adapter"] = ["withanyone.adapter", "FaceAdapter"]
+            (aside / part.name).write_text(json.dumps(index, indent=2))
+        elif part.name != "face_adapter":
+            (aside / part.name).symlink_to(part)
+    shutil.copytree(adapter, aside / "face_adapter")
+    os.replace(aside, out)
+
+
+def generate(plan: Plan, row: Row, seed: int) -> None:
+    """The test cases' pictures by one run's model."""
+    folder = plan.folder(row, seed)
+    if not (folder / "model" / "model_index.json").exists():
+        raise ValueError(f"{folder} is not trained yet: the stage `train` comes first.")
+    ensure_cases(plan.test)
+    command(
+        sys.executable, "-m", "withanyone.bench", "generate", "--cases", plan.test["cases"],
+        "--model", folder / "model", "--out", folder / "pictures", "--workers", str(plan.workers),
+        *map(str, plan.test.get("generate", [])),
+    )  # fmt: skip
+
+
+def score(plan: Plan, row: Row, seed: int) -> None:
+    """Their figures by the judge, once."""
+    folder = plan.folder(row, seed)
+    if (folder / "results.json").exists():
+        return
+    command(
+        sys.executable, "-m", "withanyone.bench", "score", "--cases", plan.test["cases"],
+        "--pictures", folder / "pictures", "--out", folder / "results.json", "--method", row.title,
+        "--judges", *plan.test["judges"], "--workers", str(plan.workers), "--cache", plan.out / "seen",
+    )  # fmt: skip
+
+
+# --- the table -------------------------------------------------------------------------------------------
+
+
+def pooled(values: Sequence[Mapping[tuple, float]], resamples: int = RESAMPLES) -> dict[str, float]:
+    """Mean over people of all seeds, with a 95 % interval over cases; `seeds` are the means of each.
+
+    Cases are drawn, each with the people and all the seeds it has: sum / count, as the bench does it.
+    """
+    cases = sorted({key[0] for part in values for key in part})
+    place = {case: i for i, case in enumerate(cases)}
+    sums, counts = np.zeros(len(cases)), np.zeros(len(cases))
+    for part in values:
+        for key, value in part.items():
+            sums[place[key[0]]] += value
+            counts[place[key[0]]] += 1
+    drawn = np.random.default_rng(0).integers(0, len(cases), (resamples, len(cases)))
+    means = sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "mean": float(sums.sum() / counts.sum()), "low": float(low), "high": float(high),
+        "n": int(counts.sum()), "seeds": [float(np.mean(list(part.values()))) for part in values],
+    }  # fmt: skip
+
+
+def row_figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row's figures over its seeds."""
+    out: dict[str, Any] = {}
+    for name in SHOWN:
+        parts = []
+        for result in results:
+            known = set(Settings.__dataclass_fields__)
+            settings = Settings(**{k: v for k, v in result["settings"].items() if k in known})
+            parts.append(metric_values(result["rows"], name, result["identity_by"], settings))
+        if all(parts):
+            out[name] = pooled(parts)
+    for name in COPIED:
+        shares = [(r["attributes"] or {}).get(name, {}).get("copied") for r in results]
+        if shares and all(shares):
+            means = [share["mean"] for share in shares]
+            out[f"copied_{name}"] = {
+                "mean": float(np.mean(means)), "low": min(s["low"] for s in shares),
+                "high": max(s["high"] for s in shares), "seeds": means,
+            }  # fmt: skip
+    return out
+
+
+def collect(plan: Plan) -> dict[str, Any]:
+    """Everything the table shows, of the runs that are scored: what the committed JSON holds."""
+    rows: dict[str, Any] = {}
+    fingerprints, judges = set(), set()
+    for row in plan.rows:
+        found = {}
+        for seed in row.seeds:
+            path = plan.folder(row, seed) / "results.json"
+            if path.exists():
+                found[seed] = read_results(path)
+        if not found:
+            continue
+        fingerprints |= {result["bench"]["fingerprint"] for result in found.values()}
+        judges |= {name for result in found.values() for name in result["identity_by"]}
+        best = {}
+        for seed in found:
+            path = plan.folder(row, seed) / "training" / "best" / "best.json"
+            best[seed] = json.loads(path.read_text())["step"] if path.exists() else None
+        figures = row_figures(list(found.values()))
+        rows[row.name] = {
+            "title": row.title, "settings": row.settings, "seeds": list(found), "steps_chosen": best,
+            "cases": min(result["bench"]["cases"] for result in found.values()), **figures,
+            "ranked": is_ranked(figures, plan.min_ceiling_share),
+        }  # fmt: skip
+    if not rows:
+        raise ValueError(f"`out` {plan.out}: no run is scored yet.")
+    if len(fingerprints) > 1:
+        raise ValueError(f"`out` {plan.out}: runs were scored on different cases; delete the older results.")
+    return {
+        "identity_by": sorted(judges), "rows": rows, "verdict": verdict(rows, plan), "missing": missing(plan),
+    }  # fmt: skip
+
+
+def is_ranked(figures: Mapping[str, Any], share: float) -> bool:
+    """Whether likeness is high enough for copying to mean something: blind models copy nothing."""
+    return bool(figures["sim_gt"]["mean"] >= share * figures["ceiling"]["mean"])
+
+
+def missing(plan: Plan) -> list[str]:
+    """Runs that have no figures yet."""
+    return [
+        f"{row.name}, seed {seed}" for row in plan.rows for seed in row.seeds
+        if not (plan.folder(row, seed) / "results.json").exists()
+    ]  # fmt: skip
+
+
+def verdict(rows: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What the figures say about the claim, in sentences; no more than they say."""
+    if plan.control not in rows or plan.full not in rows:
+        return ["The two headline rows are not both there yet."]
+    control, full = rows[plan.control], rows[plan.full]
+    said = []
+    copying = control.get("copy_paste")
+    floor = plan.min_control_copy_paste
+    if copying is None or copying["mean"] < floor or copying["low"] <= 0:
+        said.append(f"The control does not copy enough ({_shown(copying)}) for this world to test the claim.")
+    else:
+        said.append(f"The control copies: {_shown(copying)}.")
+    for name in (plan.control, plan.full):
+        if not rows[name]["ranked"]:
+            title, share = rows[name]["title"], plan.min_ceiling_share
+            said.append(f"{title}: Sim(GT) is below {share} of its ceiling, so copy-paste is not ranked.")
+    if copying and full.get("copy_paste"):
+        half = full["copy_paste"]["mean"] <= 0.5 * copying["mean"]
+        kept = full["sim_gt"]["mean"] >= control["sim_gt"]["mean"]
+        said.append(
+            f"The full recipe has copy-paste {_shown(full['copy_paste'])}, "
+            f"{'at most' if half else 'more than'} half of the control's, at Sim(GT) "
+            f"{_shown(full['sim_gt'])} against {_shown(control['sim_gt'])}: "
+            f"{'no lower' if kept else 'lower'}."
+        )
+        aim = half and kept and all(rows[n]["ranked"] for n in (plan.control, plan.full))
+        enough = copying["mean"] >= floor and copying["low"] > 0
+        said.append("The aim is reached." if aim and enough else "The aim is not reached.")
+    return said
+
+
+def _shown(figure: Mapping[str, float] | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure['mean']:+.3f} [{figure['low']:+.3f}, {figure['high']:+.3f}]"
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The rows as Markdown."""
+    names = [*SHOWN, *(f"copied_{name}" for name in COPIED)]
+    names = [name for name in names if any(name in row for row in summary["rows"].values())]
+    head = ["row", "seeds", "cases", *(name.replace("_", " ") for name in names), "ranked"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in summary["rows"].values():
+        cells = [row["title"], str(len(row["seeds"])), str(row["cases"])]
+        cells += [_shown(row.get(name)) for name in names] + ["yes" if row["ranked"] else "no"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"Identity by {', '.join(summary['identity_by'])}. Means over people with 95 % bootstrap "
+              "intervals over cases (all seeds of a case together; copied attributes: the widest interval of "
+              "the seeds).", ""]  # fmt: skip
+    lines += [f"- {sentence}" for sentence in summary["verdict"]]
+    if summary["missing"]:
+        lines += ["", f"Not yet there: {'; '.join(summary['missing'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: Mapping[str, Any], path: Path) -> None:
+    """Sim(GT) against copy-paste, a point a row with its intervals; small points are single seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
+    for number, row in enumerate(summary["rows"].values()):
+        if "copy_paste" not in row:
+            continue
+        x, y = row["sim_gt"], row["copy_paste"]
+        color = f"C{number}"
+        axis.errorbar(
+            x["mean"], y["mean"], xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+            yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]], fmt="o" if row["ranked"] else "x",
+            color=color, capsize=2, label=row["title"] + ("" if row["ranked"] else " (not ranked)"),
+        )  # fmt: skip
+        if len(row["seeds"]) > 1:
+            axis.scatter(x["seeds"], y["seeds"], s=10, color=color, alpha=0.6)
+    axis.axhline(0, color="#999", linewidth=0.8)
+    axis.set(xlabel="Sim(GT), by the judge", ylabel="copy-paste (lower is better)")
+    axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_table(plan: Plan) -> str:
+    """Table, figure and JSON of what is scored so far."""
+    summary = collect(plan)
+    plan.figures.parent.mkdir(parents=True, exist_ok=True)
+    plan.figures.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    text = table(summary)
+    plan.figures.with_suffix(".md").write_text(text)
+    plot(summary, plan.figures.with_suffix(".png"))
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, default=PLAN, help="default: train/reproduce.yaml")
+    parser.add_argument("--rows", nargs="+", help="these only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these only")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every training"
+    )
+
+
+def run(args: argparse.Namespace) -> str:
+    """The claim's rows: trained, scored by the judge, and a table of all that is there."""
+    plan = read_plan(args.plan, args.set)
+    steps = {"train": train, "generate": generate, "score": score}
+    for row, seed in plan.runs(args.rows):
+        if args.seeds and seed not in args.seeds:
+            continue
+        for stage, step in steps.items():
+            if stage in args.stages and not (plan.folder(row, seed) / "results.json").exists():
+                step(plan, row, seed)
+    return write_table(plan) if "table" in args.stages else "\n".join(missing(plan)) or "all runs are scored"
+
+
+if __name__ == "__main__":
+    from .__main__ import main
+
+    main(["reproduce", *sys.argv[1:]])
