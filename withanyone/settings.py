@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 KEY = "withanyone"  # PNG: the name of the text chunk; elsewhere the settings stand in EXIF's ImageDescription
 MARK = "AI-generated picture (WithAnyone)"
+VISIBLE_MARK = "AI-generated"
 EXIF_DESCRIPTION, EXIF_SOFTWARE = 0x010E, 0x0131
+MAX_SETTINGS = 200_000  # characters: what a picture of eight people carries is a hundredth of it
 
 
 def slider_positions(id_scale: float, siglip_scale: float) -> tuple[float, float]:
@@ -50,6 +52,20 @@ def mark_picture(image: Image.Image, settings: Mapping[str, Any]) -> Image.Image
     return image
 
 
+def stamp_picture(image: Image.Image, text: str = VISIBLE_MARK) -> Image.Image:
+    """A copy with `text` on a dark patch in its lower right corner, small but readable at any size."""
+    image = image.convert("RGB")
+    size = max(9, round(min(image.size) / 24))
+    font = ImageFont.load_default(size)
+    draw = ImageDraw.Draw(image, "RGBA")
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    pad = max(2, size // 4)
+    x, y = image.width - (right - left) - 2 * pad, image.height - (bottom - top) - 2 * pad
+    draw.rectangle((x, y, image.width, image.height), fill=(0, 0, 0, 150))
+    draw.text((x + pad - left, y + pad - top), text, font=font, fill=(255, 255, 255, 255))
+    return image
+
+
 def save_picture(image: Image.Image, path: str | os.PathLike, settings: Mapping[str, Any]) -> Path:
     """Save a picture with its settings and the mark, where its format keeps such things."""
     path = check_picture_path(path, "path")
@@ -76,9 +92,13 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any] | None:
             text = exif.get(EXIF_DESCRIPTION) if exif.get(EXIF_SOFTWARE) == MARK else None
     if text is None:
         return None
+    if len(text) > MAX_SETTINGS:
+        raise ValueError(
+            f"`path` ({path}) carries settings of {len(text)} characters; {MAX_SETTINGS} may be."
+        )
     try:
         settings = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`path` ({path}) carries settings that are not JSON ({error}).") from error
     if not isinstance(settings, dict):
         raise ValueError(f"`path` ({path}) carries settings that are not a JSON object.")
