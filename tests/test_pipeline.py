@@ -569,6 +569,15 @@ def test_more_bad_faces(photo_pipe):
         photo_pipe("a", faces=[[tiny.face(1), mirrored]])
 
 
+def test_an_ip_adapter_that_is_loaded_is_refused():
+    pipe = tiny.pipeline()
+    pipe.transformer.encoder_hid_proj = torch.nn.Identity()  # what `load_ip_adapter` leaves there
+    with pytest.raises(ValueError, match=r"`faces` are given.*`pipe.unload_ip_adapter\(\)`"):
+        pipe("a", faces=[tiny.face(1)])
+    pipe.transformer.encoder_hid_proj = None
+    pipe("a", faces=[tiny.face(1)], num_inference_steps=1, output_type="latent")
+
+
 def test_bad_settings_of_the_pipeline():
     with pytest.raises(ValueError, match=r"`timestep_shift` is 'fast'; use one of 'released', 'flux'"):
         tiny.pipeline(timestep_shift="fast")

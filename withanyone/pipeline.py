@@ -447,6 +447,11 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                     f"`{name}` is given together with `faces`, but diffusers' IP-Adapter and the face "
                     f"adapter enter the transformer at the same place; leave out `{name}` or `faces`."
                 )
+        if getattr(self.transformer, "encoder_hid_proj", None) is not None:
+            raise ValueError(
+                "`faces` are given, but diffusers' IP-Adapter is loaded and takes them for its own; call "
+                "`pipe.unload_ip_adapter()`."
+            )
 
     def _negative_prompts(
         self, negative_prompt: str | list[str] | None, prompt: str | list[str] | None, prompt_embeds: Any
