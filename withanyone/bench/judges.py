@@ -170,7 +170,7 @@ class PackJudge:
 
     def embed(self, image: np.ndarray, faces: Sequence[Face]) -> np.ndarray:
         if self.finds:
-            return np.array([face.embedding for face in faces], np.float32).reshape(len(faces), -1)
+            return np.array([face.embedding for face in faces], np.float32).reshape(-1, 512)
         return self.analyzer.embed([self.analyzer.align(image, face.kps) for face in faces])
 
 
@@ -406,7 +406,7 @@ class Spec:
         if kind in ("clip", "aesthetic"):
             own = kind
         else:
-            own = kind.rpartition(".")[2] if "." in kind else Path(where).stem
+            own = rest if "." in kind else Path(where).stem
         return cls(label if has_name else own, kind, where)
 
 

@@ -110,8 +110,8 @@ class Memory:
                 "kps": np.array([face.kps for face in found], np.float32).reshape(-1, 5, 2),
             }
             for judge in self.panel.recognizers:
-                rows = np.asarray(judge.embed(image, found), np.float32)
-                out[f"by {judge.name}"] = rows.reshape(len(found), -1) if found else rows.reshape(0, 1)
+                rows = judge.embed(image, found) if found else np.empty((0, 1))
+                out[f"by {judge.name}"] = np.asarray(rows, np.float32)
             return out
 
         kept = self._keep(self._faces_by, image, look)
