@@ -47,9 +47,7 @@ class Page(gr.Blocks):
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         guard = Middleware(Guard, visits=self.visits, behind_proxy=self.studio.settings.public)
         kwargs.setdefault("app_kwargs", {}).setdefault("middleware", []).append(guard)
-        kwargs.setdefault(
-            "theme", gr.themes.Soft(primary_hue="orange", secondary_hue="orange", neutral_hue="stone")
-        )
+        kwargs.setdefault("theme", theme())
         kwargs.setdefault("css", (FOLDER / "page.css").read_text(encoding="utf-8"))
         kwargs.setdefault("max_file_size", self.visits.limits.upload_bytes)
         kwargs.setdefault("show_error", True)
@@ -76,6 +74,47 @@ class Page(gr.Blocks):
         self.visits.end(session)
         if session:
             threading.Timer(1.0, self.forget, (session,)).start()
+
+
+def theme() -> gr.themes.Base:
+    """Plain surfaces, the system's own fonts (none is fetched), one accent colour."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    made = gr.themes.Soft(
+        primary_hue="orange",
+        secondary_hue="orange",
+        neutral_hue="stone",
+        font=fonts,
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return made.set(
+        block_title_background_fill="none",
+        block_title_background_fill_dark="none",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_title_padding="0",
+        block_title_text_weight="600",
+        block_label_background_fill="none",
+        block_label_background_fill_dark="none",
+        block_label_text_color="*body_text_color",
+        block_label_text_color_dark="*body_text_color",
+        block_border_width="1px",
+        block_border_width_dark="1px",
+        block_border_color="#ded9d4",
+        block_border_color_dark="#4a4541",
+        border_color_primary="#cfc8c2",
+        border_color_primary_dark="#57514c",
+        body_text_color_subdued="#5f5853",
+        body_text_color_subdued_dark="#b9b1aa",
+        button_primary_background_fill="#c2410c",
+        button_primary_background_fill_hover="#9a3412",
+        button_primary_background_fill_dark="#c2410c",
+        button_primary_background_fill_hover_dark="#ea580c",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#ffffff",
+        link_text_color="#b23a0a",
+        link_text_color_dark="#ffa676",
+        color_accent="#c2410c",
+    )
 
 
 def build_demo(
@@ -226,20 +265,20 @@ class _Builder:
                     )
                 with gr.Row():
                     self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=110)
-                    self.dice = gr.Button("🎲 Roll", elem_id="dice", min_width=70)
+                    self.dice = gr.Button("Roll the dice", elem_id="dice", min_width=90)
                     self.new_seed = gr.Checkbox(
                         True, label="A new seed each time", elem_id="new-seed", min_width=130
                     )
                     self.visible = gr.Checkbox(
                         studio.settings.public and not studio.miniature,
-                        label="Write “AI-generated” on it",
+                        label="Write “AI-generated” on the picture",
                         elem_id="visible",
                         min_width=130,
                     )
                 self.readout = gr.HTML(
                     parts.readout(None, [], [], studio.calibration), padding=False, elem_id="readout"
                 )
-                self.shelf = parts.Shelf()
+                self.shelf = parts.Shelf(parts.shelf_value(None))
         gr.HTML(
             '<p class="wa-foot">Photos are deleted as soon as their faces are found; faces and pictures are kept '
             "only while this page is open. Every picture's file says that a model made it, and with which "

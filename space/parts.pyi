@@ -26,20 +26,10 @@ COLORS = ("#c8451f", "#2673a8", "#2f7d3a", "#7d4fc0", "#a06a00", "#0f7f7a", "#c0
 
 from gradio.events import Dependency
 
-class People(gr.HTML):
+class People(Part):
     """Cards of people. Events: `bring` (files arrived), `act` (anything else done to people)."""
 
-    def __init__(self, value: dict[str, Any]):
-        super().__init__(
-            value=value,
-            html_template='<div class="wa-people"></div>',
-            js_on_load=(FOLDER / "people.js").read_text(encoding="utf-8"),
-            apply_default_css=False,
-            elem_id="people",
-        )
-
-    def get_block_name(self) -> str:
-        return "html"
+    kind = "people"
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
     if TYPE_CHECKING:
@@ -47,20 +37,10 @@ class People(gr.HTML):
         from gradio.components.base import Component
 
 
-class Easel(gr.HTML):
+class Easel(Part):
     """Boxes and picture. Events: `moved` (boxes changed by hand), `arrange`, `choose` (of a grid), `reuse`."""
 
-    def __init__(self, value: dict[str, Any]):
-        super().__init__(
-            value=value,
-            html_template='<div class="wa-easel"></div>',
-            js_on_load=(FOLDER / "easel.js").read_text(encoding="utf-8"),
-            apply_default_css=False,
-            elem_id="easel",
-        )
-
-    def get_block_name(self) -> str:
-        return "html"
+    kind = "easel"
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
     if TYPE_CHECKING:
@@ -68,20 +48,11 @@ class Easel(gr.HTML):
         from gradio.components.base import Component
 
 
-class Shelf(gr.HTML):
+class Shelf(Part):
     """Pictures made so far. Event: `show` (one was clicked)."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            value=shelf_value(None),
-            html_template='<div class="wa-shelf" role="group" aria-label="Your pictures"></div>',
-            js_on_load=(FOLDER / "shelf.js").read_text(encoding="utf-8"),
-            apply_default_css=False,
-            elem_id="shelf",
-        )
-
-    def get_block_name(self) -> str:
-        return "html"
+    kind = "shelf"
+    attributes = 'role="group" aria-label="Your pictures"'
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
     if TYPE_CHECKING:
@@ -227,3 +198,24 @@ def readout(picture: Picture | None, names: list[str], colors: list[str], calibr
         '<div class="wa-readout" role="region" aria-label="How alike the people are">'
         f"<ul>{lines}</ul>{fold}</div>"
     )
+class Part(gr.HTML):
+    """A component that its script draws. Gradio makes it again from its arguments, so it passes them on."""
+
+    kind = ""  # the name of its script, its class and its id
+    attributes = ""
+
+    def __init__(self, value: dict[str, Any] | None = None, **kwargs: Any):
+        own = {
+            "html_template": f'<div class="wa-{self.kind}" {self.attributes}></div>',
+            "js_on_load": (FOLDER / f"{self.kind}.js").read_text(encoding="utf-8"),
+            "apply_default_css": False,
+            "elem_id": self.kind,
+        }
+        super().__init__(value=value, **{**own, **kwargs})
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+    
