@@ -13,7 +13,7 @@ PARTS = (
     sorted((ROOT / "withanyone").rglob("*.py")) + sorted((ROOT / "train").rglob("*.py")) + [ROOT / "app.py"]
 )
 
-FACES = {"withanyone.faces"}
+FACES = {"withanyone.photos", "withanyone.faces"}
 ADAPTER = {"withanyone.layout", "withanyone.bases", "withanyone.conditioning", "withanyone.checkpoint"}
 ADAPTER |= {"withanyone.adapter"}
 CORE = FACES | ADAPTER | {"withanyone", "withanyone.flow", "withanyone.arcface", "withanyone.pipeline"}
@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "withanyone.settings": set(),
     "withanyone.layout": set(),
     "withanyone.bases": set(),
-    "withanyone.faces": set(),
+    "withanyone.photos": set(),
+    "withanyone.faces": FACES,
     "withanyone.arcface": FACES,
     "withanyone.conditioning": set(),
     "withanyone.checkpoint": set(),
