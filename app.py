@@ -1,7 +1,7 @@
 """The page: faces in, a prompt, boxes, two sliders, a picture out. `python app.py`, or `make demo`.
 
-Runs the bundled miniature unless WITHANYONE_MODEL (or --model) names another pipeline folder or Hub id; what else
-the environment says is told in space/machines.py.
+Runs the bundled miniature unless WITHANYONE_MODEL (or --model) names another pipeline folder or Hub id; what
+else the environment says is told in space/machines.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What visitors do, without the page: bring photos, change people, ask for pictures, restore settings from a file."""
+"""What visitors do, without the page: bring photos, change people, ask for pictures, restore settings."""
 
 from __future__ import annotations
 

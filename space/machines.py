@@ -30,8 +30,8 @@ class Machine:
 
     transformer, text_encoder_2: "bfloat16", or weights in 8 bits ("int8", torchao) or 4 ("nf4", bitsandbytes).
     offload: "none"; "model" (one part at a time on the GPU); "group" (one layer at a time: least memory, slowest).
-    tiled_vae: decode in tiles. previews: show pictures as they form; decoding a preview on an offloaded model would
-    move the transformer out and in again at each step, so those go without.
+    tiled_vae: decode in tiles. previews: show pictures as they form; decoding a preview on an offloaded model
+    would move the transformer out and in again at each step, so those go without.
     gigabytes: what the weights on the GPU weigh at most at one time, reckoned from their sizes (FLUX.1's
     transformer 11.9 billion weights, T5 4.7, the adapter's denoising part 0.54): not a measurement.
     """

@@ -165,9 +165,9 @@ class _Builder:
         similarity, diversity = slider_positions(defaults["id_scale"], defaults["siglip_scale"])
         examples = FLUX_PROMPTS
         if studio.miniature:
-            examples = tuple(text for texts in gallery.PROMPTS.values() for text in texts)
+            examples = (*gallery.PROMPTS[2], gallery.PROMPTS[1][0])
         gr.HTML(parts.head(studio.miniature, gallery.NOTICE), padding=False)
-        self.people = parts.People(self.empty_people())
+        self.people = parts.people(self.empty_people())
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self.prompt = gr.Textbox(
@@ -178,7 +178,7 @@ class _Builder:
                     elem_id="prompt",
                 )
                 self.words = gr.Markdown(container=False, elem_classes="wa-words", elem_id="words")
-                gr.Examples([[text] for text in examples[:6]], [self.prompt], label="Or try one of these",
+                gr.Examples([[text] for text in examples[:4]], [self.prompt], label="Or try one of these",
                             api_visibility="private", elem_id="examples")  # fmt: skip
                 self.similarity = self.slider(
                     0, 1.5, similarity, 0.05, "Similarity", "How much the faces count", "similarity"
@@ -191,6 +191,7 @@ class _Builder:
                         "From left to right: the same picture with similarity 0, 0.5, 1 and 1.5",
                     ),
                     padding=False,
+                    elem_classes="wa-under",
                 )
                 self.diversity = self.slider(
                     0, 1, diversity, 0.05, "Diversity", "What may change about them", "diversity"
@@ -203,6 +204,7 @@ class _Builder:
                         "From left to right: the same picture with diversity 0, 0.33, 0.67 and 1",
                     ),
                     padding=False,
+                    elem_classes="wa-under",
                 )
                 with gr.Row():
                     self.shape = gr.Radio(list(SHAPES), value="square", label="Shape", elem_id="shape")
@@ -234,6 +236,12 @@ class _Builder:
                         "How closely to follow the words",
                         "guidance",
                     )
+                    self.visible = gr.Checkbox(
+                        studio.settings.public and not studio.miniature,
+                        label="Write “AI-generated” on the picture",
+                        info="Its file says so in any case",
+                        elem_id="visible",
+                    )
                     self.boxes = gr.Textbox(
                         label="Boxes of the faces",
                         info="Pixels, as JSON: [[x1, y1, x2, y2], ...], one for each person",
@@ -247,7 +255,7 @@ class _Builder:
                         elem_id="restore",
                     )
             with gr.Column(scale=6, min_width=320):
-                self.easel = parts.Easel(parts.easel_value([], [], studio.size("square", 0)))
+                self.easel = parts.easel(parts.easel_value([], [], studio.size("square", 0)))
                 self.consent = gr.Checkbox(
                     False,
                     label="The people in the photos agree to pictures of them (drawn people need not be asked)"
@@ -263,22 +271,16 @@ class _Builder:
                     self.cancel = gr.Button(
                         "Cancel", variant="stop", interactive=False, elem_id="cancel", min_width=80
                     )
-                with gr.Row():
-                    self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=110)
-                    self.dice = gr.Button("Roll the dice", elem_id="dice", min_width=90)
+                with gr.Row(elem_id="seed-row"):
+                    self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=130)
+                    self.dice = gr.Button("Roll the dice", elem_id="dice", min_width=110)
                     self.new_seed = gr.Checkbox(
-                        True, label="A new seed each time", elem_id="new-seed", min_width=130
-                    )
-                    self.visible = gr.Checkbox(
-                        studio.settings.public and not studio.miniature,
-                        label="Write “AI-generated” on the picture",
-                        elem_id="visible",
-                        min_width=130,
+                        True, label="A new seed each time", elem_id="new-seed", min_width=170
                     )
                 self.readout = gr.HTML(
                     parts.readout(None, [], [], studio.calibration), padding=False, elem_id="readout"
                 )
-                self.shelf = parts.Shelf(parts.shelf_value(None))
+                self.shelf = parts.shelf(parts.shelf_value(None))
         gr.HTML(
             '<p class="wa-foot">Photos are deleted as soon as their faces are found; faces and pictures are kept '
             "only while this page is open. Every picture's file says that a model made it, and with which "
@@ -469,7 +471,18 @@ class _Builder:
         request: gr.Request,
     ) -> Iterator[list]:
         asked = Asked(
-            prompt, similarity, diversity, shape, steps, guidance, seed, new_seed, count, boxes, consent, visible
+            prompt,
+            similarity,
+            diversity,
+            shape,
+            steps,
+            guidance,
+            seed,
+            new_seed,
+            count,
+            boxes,
+            consent,
+            visible,
         )
         yield from self.run(asked, request, sweep=False)
 
@@ -490,7 +503,18 @@ class _Builder:
         request: gr.Request,
     ) -> Iterator[list]:
         asked = Asked(
-            prompt, similarity, diversity, shape, steps, guidance, seed, new_seed, count, boxes, consent, visible
+            prompt,
+            similarity,
+            diversity,
+            shape,
+            steps,
+            guidance,
+            seed,
+            new_seed,
+            count,
+            boxes,
+            consent,
+            visible,
         )
         yield from self.run(asked, request, sweep=True)
 
@@ -533,7 +557,9 @@ class _Builder:
         idle, busy = self.buttons(False), self.buttons(True)
         try:
             kept = (
-                [[float(v) for v in box] for box in self.desk.read_boxes(asked.boxes) or []] if visit.people else []
+                [[float(v) for v in box] for box in self.desk.read_boxes(asked.boxes) or []]
+                if visit.people
+                else []
             )
             orders = self.orders(visit, asked, sweep)
             if not self.visits.makes.allow(visitor_key(request, self.studio.settings.public), len(orders)):

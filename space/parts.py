@@ -1,7 +1,7 @@
-"""The page's own parts: the people's cards, the easel with boxes and picture, the shelf. Their scripts lie beside.
+"""The page's own parts: the people's cards, the easel with boxes and picture, the shelf.
 
-Each is a Gradio HTML component whose template never changes; its script draws from `value` and tells of actions by
-events of its own. All text from visitors is set as text, never as markup.
+Each is a Gradio HTML component whose template never changes; its script, beside this file, draws from `value`
+and tells of actions by events of its own. All text from visitors is set as text, never as markup.
 """
 
 from __future__ import annotations
@@ -25,39 +25,30 @@ FOLDER = Path(__file__).parent
 COLORS = ("#c8451f", "#2673a8", "#2f7d3a", "#7d4fc0", "#a06a00", "#0f7f7a", "#c03068", "#6d5a4b")
 
 
-class Part(gr.HTML):
-    """A component that its script draws. Gradio makes it again from its arguments, so it passes them on."""
-
-    kind = ""  # the name of its script, its class and its id
-    attributes = ""
-
-    def __init__(self, value: dict[str, Any] | None = None, **kwargs: Any):
-        own = {
-            "html_template": f'<div class="wa-{self.kind}" {self.attributes}></div>',
-            "js_on_load": (FOLDER / f"{self.kind}.js").read_text(encoding="utf-8"),
-            "apply_default_css": False,
-            "elem_id": self.kind,
-        }
-        super().__init__(value=value, **{**own, **kwargs})
-
-
-class People(Part):
+def people(value: dict[str, Any]) -> gr.HTML:
     """Cards of people. Events: `bring` (files arrived), `act` (anything else done to people)."""
+    return _part("people", value)
 
-    kind = "people"
 
-
-class Easel(Part):
+def easel(value: dict[str, Any]) -> gr.HTML:
     """Boxes and picture. Events: `moved` (boxes changed by hand), `arrange`, `choose` (of a grid), `reuse`."""
+    return _part("easel", value)
 
-    kind = "easel"
 
-
-class Shelf(Part):
+def shelf(value: dict[str, Any]) -> gr.HTML:
     """Pictures made so far. Event: `show` (one was clicked)."""
+    return _part("shelf", value, 'role="group" aria-label="Your pictures"')
 
-    kind = "shelf"
-    attributes = 'role="group" aria-label="Your pictures"'
+
+def _part(kind: str, value: dict[str, Any], attributes: str = "") -> gr.HTML:
+    # No subclasses: Gradio writes a .pyi file beside the source of each when it is imported.
+    return gr.HTML(
+        value,
+        html_template=f'<div class="wa-{kind}" {attributes}></div>',
+        js_on_load=(FOLDER / f"{kind}.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+        elem_id=kind,
+    )
 
 
 # -- values --------------------------------------------------------------------------------------------------
@@ -150,7 +141,7 @@ def head(miniature: bool, notice: str) -> str:
     return (
         '<header class="wa-head"><h1>WithAnyone</h1>'
         "<p>Pictures of people you choose: give their faces, say what they do, drag them into place.</p></header>"
-        + before
+        + (before if miniature else "")
     )
 
 
@@ -190,9 +181,9 @@ def readout(picture: Picture | None, names: list[str], colors: list[str], calibr
         "<details><summary>The numbers</summary><table><thead><tr><th>person</th><th>likeness</th>"
         f"<th>copied</th></tr></thead><tbody>{rows}</tbody></table>"
         f"<p class='wa-small'>Likeness: 1 is the same photo. Two photos of one person have "
-        f"{calibration.low:.2f} to {calibration.high:.2f}, {calibration.median:.2f} in the middle; strangers stay "
-        f"below {calibration.stranger:.2f}. Copied: 0 is as alike as two photos of one person are, 1 is the very "
-        "photo. A machine's estimate; trust your eyes too.</p></details>"
+        f"{calibration.low:.2f} to {calibration.high:.2f}, {calibration.median:.2f} in the middle; strangers "
+        f"stay below {calibration.stranger:.2f}. Copied: 0 is as alike as two photos of one person are, 1 is "
+        "the very photo. A machine's estimate; trust your eyes too.</p></details>"
     )
     return (
         '<div class="wa-readout" role="region" aria-label="How alike the people are">'

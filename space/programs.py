@@ -1,4 +1,4 @@
-"""The page for programs: three named endpoints for gradio_client and for MCP clients, typed and documented."""
+"""The page for programs: three named endpoints for gradio_client and MCP clients, typed and documented."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Programs:
 
         Args:
             prompt: What the picture shows, in English.
-            photo_1: A photo of the first person: an uploaded file, or text: a data: URL with the picture. The largest face counts.
+            photo_1: The first person, by the largest face of a photo: an uploaded file or a data: URL.
             photo_2: A photo of the second person, likewise.
             photo_3: A photo of the third person.
             photo_4: A photo of the fourth person.
@@ -79,20 +79,22 @@ class Programs:
             photo_6: A photo of the sixth person.
             photo_7: A photo of the seventh person.
             photo_8: A photo of the eighth person.
-            person_of_photo: For several photos of one person: whose photo each is, such as [1, 1, 2]. Default: each shows another person.
-            drawn_people: Instead of photos, numbers of drawn people (0 to 99999), such as [1, 2]; for the miniature model only.
+            person_of_photo: Whose photo each is, such as [1, 1, 2]. Default: each shows another person.
+            drawn_people: With the miniature: numbers of drawn people, such as [1, 2], in place of photos.
             similarity: 0 to 1.5: how much the faces count. 1 is what the model was trained for.
             diversity: 0 to 1: 0 keeps the photo's hair and expression, 1 keeps only who it is.
-            bboxes: Where each face goes, [x1, y1, x2, y2] in pixels of the picture, in the order of the people. Default: as /suggest_layout gives them.
+            bboxes: For each face [x1, y1, x2, y2] in pixels. Default: those of suggest_layout, rounded.
             shape: The picture's shape.
             steps: Denoising steps, 1 to 100. Default: the model's own.
             guidance: How closely to follow the prompt, 1 to 20. Default: the model's own.
             seed: 0 or more; the same seed and settings give the same picture. Default: a new one.
             consent: Must be true where photos are given: the people in them agree to this picture.
-            visible_mark: Write "AI-generated" into the picture's corner. Its file carries that mark in any case.
+            visible_mark: Write "AI-generated" on the picture too. Its file says so in any case.
 
         Returns:
-            The picture; its settings, with the seed and the boxes used; and what it shows of each person: likeness, copying, whether missing or swapped.
+            The picture.
+            Its settings, with the seed and the boxes used.
+            What it shows of each person: likeness, copying, whether missing or swapped.
         """
         address = visitor_address(request, self.public)
         if not self.desk.visits.calls.allow(address):
@@ -194,8 +196,8 @@ class Programs:
         numbers = isinstance(owners, list) and all(type(owner) is int for owner in owners)
         if not numbers or len(owners) != len(photos) or set(owners) != set(range(1, len(set(owners)) + 1)):
             raise ValueError(
-                f"`person_of_photo` is {person_of_photo!r}: give a number from 1 on for each of {len(photos)} "
-                "photos, such as [1, 1, 2]."
+                f"`person_of_photo` is {person_of_photo!r}: give a number from 1 on for each of "
+                f"{len(photos)} photos, such as [1, 1, 2]."
             )
         people: list[list[Photo]] = [[] for _ in set(owners)]
         for (i, photo), owner in zip(photos, owners, strict=True):

@@ -1,6 +1,6 @@
 """The strips over the sliders: one picture at several positions of one slider, made by the miniature.
 
-    python -m space.strips [--seed 3] [--person 5]
+python -m space.strips [--seed 3] [--person 5]
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ STRIPS = {
 }
 
 
-def strip(pipe: WithAnyonePipeline, positions: Sequence[tuple[float, float]], person: int, seed: int) -> Image.Image:
-    """The photo, then a picture for each position, side by side."""
+def strip(
+    pipe: WithAnyonePipeline, positions: Sequence[tuple[float, float]], person: int, seed: int
+) -> Image.Image:
+    """A picture for each position, side by side."""
     photo = gallery.draw_photo(person)
     tiles = []
     for position in positions:

@@ -243,8 +243,8 @@ class Studio:
     def make(self, orders: Sequence[Order], permit: Permit) -> Iterator[Update]:
         """Make pictures one after the other; what happens, as it happens, to the end.
 
-        The work runs in a thread of its own, so that a job that is no longer permitted lets go of its visitor at
-        once, though a large model finishes its step first. Leaving this generator early ends the job.
+        The work runs in a thread of its own, so that a job that is no longer permitted lets go of its visitor
+        at once, though a large model finishes its step first. Leaving this generator early ends the job.
         """
         updates: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
         ticket = self.line.join()
