@@ -7,17 +7,18 @@ ONNX file that `faces.FaceAnalyzer` runs, so there is one network, not two.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import onnx
 
 TEMPLATE_SIZE = 112
 TEMPLATE = (
@@ -157,52 +158,64 @@ class Recognizer(nn.Module):
             ValueError: if the file is missing or damaged, is no recogniser, or uses an operator without an
                 entry in this module's table; the message names it.
         """
-        import onnx
-        from google.protobuf.message import DecodeError
+        graph, input_name, size = _read_graph(Path(path))
+        nodes, weights = _plan(graph)
+        return cls(nodes, weights, input_name, graph.output[0].name, size).eval()
 
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"`path` {path} is not a file: give the recogniser's ONNX file.")
-        try:
-            graph = onnx.load(str(path)).graph
-        except DecodeError as error:
-            raise ValueError(f"`path` {path} is not an ONNX file, or is cut off ({error}).") from error
-        weights = {t.name: _tensor(onnx.numpy_helper.to_array(t)) for t in graph.initializer}
-        inputs = [value for value in graph.input if value.name not in weights]
-        if len(inputs) != 1 or len(graph.output) != 1:
-            raise ValueError(
-                f"`path` {path} has {len(inputs)} inputs and {len(graph.output)} outputs: a recogniser has "
-                "one of each (a file with several outputs is a detector)."
-            )
-        shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
-        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not shape[2]:
-            raise ValueError(
-                f"`path` {path} takes an input of shape {shape}: a recogniser takes (B, 3, 112, 112)."
-            )
-        unsupported = sorted({n.op_type for n in graph.node} - set(_OPS) - {"Constant"})
-        if unsupported:
-            raise ValueError(
-                f"`path` {path} uses the operators {unsupported}, which have no torch counterpart here: "
-                f"supported are {sorted(_OPS)}."
-            )
-        nodes = []
-        for node in graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            if node.op_type == "Constant":
-                weights[node.output[0]] = _tensor(onnx.numpy_helper.to_array(attributes["value"]))
-            elif all(name in weights for name in node.input):  # constants only: done once, here
-                run = _OPS[node.op_type](attributes, weights, node.input)
-                weights[node.output[0]] = run(*(weights[name] for name in node.input))
-            else:
-                run = _OPS[node.op_type](attributes, weights, node.input)
-                # What a shape or axes are given by was read just now.
-                inputs_used = node.input[:1] if node.op_type in ("Reshape", "ReduceMean") else node.input
-                nodes.append(_Node(node.op_type, list(inputs_used), node.output[0], run))
-        output = graph.output[0].name
-        _plan_frees(nodes, output)
-        used = {name for node in nodes for name in node.inputs if name in weights}
-        weights = {name: value for name, value in weights.items() if name in used}
-        return cls(nodes, weights, inputs[0].name, output, shape[2]).eval()
+
+def _read_graph(path: Path) -> tuple[onnx.GraphProto, str, int]:
+    """The graph of a recogniser's file, the name of its input, and the side of the faces it takes."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise ValueError(f"`path` {path} is not a file: give the recogniser's ONNX file.")
+    try:
+        graph = onnx.load(str(path)).graph
+    except DecodeError as error:
+        raise ValueError(f"`path` {path} is not an ONNX file, or is cut off ({error}).") from error
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        raise ValueError(
+            f"`path` {path} has {len(inputs)} inputs and {len(graph.output)} outputs: a recogniser has "
+            "one of each (a file with several outputs is a detector)."
+        )
+    shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or not shape[2]:
+        raise ValueError(
+            f"`path` {path} takes an input of shape {shape}: a recogniser takes (B, 3, 112, 112)."
+        )
+    unsupported = sorted({n.op_type for n in graph.node} - set(_OPS) - {"Constant"})
+    if unsupported:
+        raise ValueError(
+            f"`path` {path} uses the operators {unsupported}, which have no torch counterpart here: "
+            f"supported are {sorted(_OPS)}."
+        )
+    return graph, inputs[0].name, shape[2]
+
+
+def _plan(graph: onnx.GraphProto) -> tuple[list[_Node], dict[str, Tensor]]:
+    """The graph's steps in order, and the weights they use; what depends on constants alone is done here."""
+    import onnx
+
+    weights = {t.name: _tensor(onnx.numpy_helper.to_array(t)) for t in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Constant":
+            weights[node.output[0]] = _tensor(onnx.numpy_helper.to_array(attributes["value"]))
+            continue
+        run = _OPS[node.op_type](attributes, weights, node.input)
+        if all(name in weights for name in node.input):
+            weights[node.output[0]] = run(*(weights[name] for name in node.input))
+        else:
+            # What a shape or axes are given by was read just now.
+            inputs = node.input[:1] if node.op_type in ("Reshape", "ReduceMean") else node.input
+            nodes.append(_Node(node.op_type, list(inputs), node.output[0], run))
+    _plan_frees(nodes, graph.output[0].name)
+    used = {name for node in nodes for name in node.inputs}
+    return nodes, {name: value for name, value in weights.items() if name in used}
 
 
 class _Node:
