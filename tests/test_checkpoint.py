@@ -328,6 +328,22 @@ def test_a_folder_cut_off_or_pickled_is_refused(tmp_path, state):
         FaceAdapter.from_pretrained(tmp_path / "adapter", use_safetensors=False)
 
 
+def test_a_folder_in_several_files_out_and_in(tmp_path, state):
+    """As an adapter of more than 10 GB is saved; and under another name, as `variant` has it."""
+    adapter = FaceAdapter.from_single_file(write(tmp_path, state))
+    adapter.save_pretrained(tmp_path / "adapter", max_shard_size="50KB")
+    shards = sorted((tmp_path / "adapter").glob("*.safetensors"))
+    assert len(shards) > 2
+    again = FaceAdapter.from_pretrained(tmp_path / "adapter", torch_dtype=torch.bfloat16)
+    assert_same(again.state_dict(), state)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=r"\d+ missing: "):
+        FaceAdapter.from_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained(tmp_path / "half", variant="bf16")
+    again = FaceAdapter.from_pretrained(tmp_path / "half", variant="bf16", torch_dtype=torch.bfloat16)
+    assert_same(again.state_dict(), state)
+
+
 def test_loading_info_is_given_on_request(tmp_path, state):
     FaceAdapter.from_single_file(write(tmp_path, state)).save_pretrained(tmp_path / "adapter")
     adapter, info = FaceAdapter.from_pretrained(tmp_path / "adapter", output_loading_info=True)

@@ -380,9 +380,6 @@ def _find_models(folder: Path) -> Path:
 def _load_models(folder: Path, providers: Sequence[str] | None):
     """insightface's detector and recogniser over the ONNX files of `folder`."""
     import onnxruntime
-    from google.protobuf.message import DecodeError
-    from insightface.app import FaceAnalysis
-    from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
     available = onnxruntime.get_available_providers()
     unknown = [p for p in providers or () if p not in available]
@@ -395,37 +392,7 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
     for file in files:
         if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
             raise ValueError(f"{file} is a Git LFS pointer, not the model itself: run `git lfs pull`.")
-    options = onnxruntime.SessionOptions()
-    # Threads that wait for the next call sleep instead of taking processor time from torch.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            app = FaceAnalysis(
-                name=str(folder),
-                allowed_modules=["detection", "recognition"],
-                providers=list(providers) if providers else None,
-                sess_options=options,
-            )
-    except (AssertionError, KeyError) as error:
-        raise ValueError(
-            f"`{folder}` has no detection model among {[f.name for f in files]}: a detector in SCRFD's "
-            f"layout is needed. {_WHERE_TO_GET}"
-        ) from error
-    except (
-        ort.InvalidProtobuf,
-        ort.InvalidGraph,
-        ort.Fail,
-        ort.InvalidArgument,
-        ort.NotImplemented,
-        DecodeError,
-    ) as error:
-        raise ValueError(
-            f"`{folder}` has a damaged model among {[f.name for f in files]} ({error}): copy or download it "
-            "again."
-        ) from error
-    for line in printed.getvalue().splitlines():
-        logger.debug("insightface: %s", line)
+    app = _insightface(folder, [file.name for file in files], providers)
     if "recognition" not in app.models:
         raise ValueError(
             f"`{folder}` has no recognition model among {[f.name for f in files]}: a recogniser with a "
@@ -445,3 +412,37 @@ def _load_models(folder: Path, providers: Sequence[str] | None):
             "Face models of %s run on %s, not on %s, which did not start.", folder, active, wanted[0]
         )
     return detector, recognizer
+
+
+def _insightface(folder: Path, files: list[str], providers: Sequence[str] | None):
+    """insightface's FaceAnalysis over `folder`; what it prints goes to the log."""
+    import onnxruntime
+    from google.protobuf.message import DecodeError
+    from insightface.app import FaceAnalysis
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort
+
+    damage = (ort.InvalidProtobuf, ort.InvalidGraph, ort.Fail, ort.InvalidArgument, ort.NotImplemented)
+    options = onnxruntime.SessionOptions()
+    # Threads that wait for the next call sleep instead of taking processor time from torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            app = FaceAnalysis(
+                name=str(folder),
+                allowed_modules=["detection", "recognition"],
+                providers=list(providers) if providers else None,
+                sess_options=options,
+            )
+    except (AssertionError, KeyError) as error:
+        raise ValueError(
+            f"`{folder}` has no detection model among {files}: a detector in SCRFD's layout is needed. "
+            f"{_WHERE_TO_GET}"
+        ) from error
+    except (*damage, DecodeError) as error:
+        raise ValueError(
+            f"`{folder}` has a damaged model among {files} ({error}): copy or download it again."
+        ) from error
+    for line in printed.getvalue().splitlines():
+        logger.debug("insightface: %s", line)
+    return app
