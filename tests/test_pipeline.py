@@ -587,6 +587,9 @@ def test_bad_settings_of_the_pipeline():
         tiny.pipeline(sampling_defaults={"steps": 4})
     with pytest.raises(ValueError, match=r"`transformer` of width 64"):
         tiny.pipeline(face_adapter=tiny.face_adapter(hidden_size=64))
+    with pytest.raises(ValueError, match=r"`face_adapter` expects .* width 48.*`image_encoder` gives 24"):
+        tiny.pipeline(face_adapter=tiny.face_adapter(image_feature_dim=48))
+    tiny.pipeline(face_adapter=tiny.face_adapter(image_feature_dim=48, branches=("arc",)))
     with pytest.raises(ValueError, match=r"`pixels_per_token`"):
         tiny.pipeline(face_adapter=tiny.face_adapter(pixels_per_token=32))
     linear = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear")

@@ -178,6 +178,13 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                     f"The `face_adapter` has `pixels_per_token` {patch}, but with this `vae` an image token "
                     f"is {own} pixels wide; use parts that belong together."
                 )
+            seen = getattr(getattr(image_encoder, "config", None), "hidden_size", None)
+            expected = face_adapter.config.image_feature_dim
+            if seen not in (None, expected) and "sig" in face_adapter.branches:
+                raise ValueError(
+                    f"The `face_adapter` expects image features of width {expected}, but this `image_encoder` "
+                    f"gives {seen}; use the image encoder that the adapter was trained with."
+                )
             self._attach_adapter()
 
     # Faces
