@@ -1,7 +1,8 @@
 # Everything sets itself up: Python 3.10 or newer and make are enough. The second time is quick.
 #   make demo    open the app with the bundled miniature
 #   make test    the quick tests                       make slow    the slow ones
-#   make check   lint, format and who imports whom     make sheet   the README's pictures again
+#   make check   lint, format and who imports whom     make browser the page's tests in Chromium
+#   make sheet   the README's pictures again
 #   make mini    train the miniature again from nothing (many hours; goes on where it stopped)
 #
 # Settings: PYTHON=python3.12   VENV=path   TORCH=cpu|default   JOBS=test processes   ARGS="more for the command"
@@ -76,6 +77,15 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not browser and not gpu" --durations 10 $(ARGS)
+
+# Chromium is Debian's: installed here if this is root on such a machine; else say where it is missing.
+browser: $(VENV)/.dev
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing Chromium ..." && \
+			{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null; } || \
+		{ echo "Chromium is missing and cannot be installed here: apt-get install chromium, then make browser." >&2; exit 1; }
+	@$(BIN)/python -c "import playwright" 2>/dev/null || $(PIP) install -c constraints.txt playwright
+	$(BIN)/python -m pytest -q -m browser tests/test_browser.py --durations 5 $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

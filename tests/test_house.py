@@ -11,7 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted([*(ROOT / "withanyone").rglob("*.py"), *(ROOT / "train").rglob("*.py"), ROOT / "app.py"])
+FOLDERS = ("withanyone", "train", "space")
+SOURCES = sorted([*(path for name in FOLDERS for path in (ROOT / name).rglob("*.py")), ROOT / "app.py"])
 
 
 def read(name: str) -> str:

@@ -9,20 +9,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = (
-    sorted((ROOT / "withanyone").rglob("*.py")) + sorted((ROOT / "train").rglob("*.py")) + [ROOT / "app.py"]
-)
+PARTS = [
+    *(path for part in ("withanyone", "train", "space") for path in sorted((ROOT / part).rglob("*.py"))),
+    ROOT / "app.py",
+]
 
 FACES = {"withanyone.photos", "withanyone.faces"}
 ADAPTER = {"withanyone.layout", "withanyone.bases", "withanyone.conditioning", "withanyone.checkpoint"}
 ADAPTER |= {"withanyone.adapter"}
 CORE = FACES | ADAPTER | {"withanyone", "withanyone.flow", "withanyone.arcface", "withanyone.pipeline"}
 CORE |= {"withanyone.settings", "withanyone.loading"}
+CORE |= {"withanyone.arrangements", "withanyone.readout"}
 # The longest name that begins a module's own decides what of this repository it may import.
 MAY_IMPORT = {
     "withanyone.flow": set(),
     "withanyone.settings": set(),
     "withanyone.layout": set(),
+    "withanyone.arrangements": {"withanyone.layout"},
+    "withanyone.readout": FACES | {"withanyone.bench.metrics"},
     "withanyone.bases": set(),
     "withanyone.photos": set(),
     "withanyone.faces": FACES,
@@ -37,12 +41,13 @@ MAY_IMPORT = {
     "withanyone.mini.benching": CORE | {"withanyone.mini", "withanyone.bench"},
     "withanyone.cli": CORE | {"withanyone.mini"},
     "train": CORE | {"train", "withanyone.bench"},
-    "app": CORE | {"withanyone.cli", "withanyone.mini"},
+    "space": CORE | {"space", "withanyone.cli", "withanyone.mini"},
+    "app": {"space"},
 }
 OWNERS = {  # heavy packages, each behind one door
     "insightface": {"withanyone.faces"},
     "onnxruntime": {"withanyone.faces", "withanyone.bench.judges"},
-    "gradio": {"app"},
+    "gradio": {"space.page", "space.parts", "space.programs"},
     "accelerate": {"train.trainer"},
     "datasets": {"train.stream", "withanyone.bench.cases"},
     "torchvision": set(),
