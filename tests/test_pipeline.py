@@ -587,7 +587,7 @@ def test_bad_settings_of_the_pipeline():
         tiny.pipeline(sampling_defaults={"steps": 4})
     with pytest.raises(ValueError, match=r"`transformer` of width 64"):
         tiny.pipeline(face_adapter=tiny.face_adapter(hidden_size=64))
-    with pytest.raises(ValueError, match=r"`face_adapter` expects .* width 48.*`image_encoder` gives 24"):
+    with pytest.raises(ValueError, match=r"`face_adapter` expects .* 48 wide.*`image_encoder` gives 24"):
         tiny.pipeline(face_adapter=tiny.face_adapter(image_feature_dim=48))
     tiny.pipeline(face_adapter=tiny.face_adapter(image_feature_dim=48, branches=("arc",)))
     with pytest.raises(ValueError, match=r"`pixels_per_token`"):

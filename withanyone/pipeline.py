@@ -182,7 +182,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             expected = face_adapter.config.image_feature_dim
             if seen not in (None, expected) and "sig" in face_adapter.branches:
                 raise ValueError(
-                    f"The `face_adapter` expects image features of width {expected}, but this `image_encoder` "
+                    f"The `face_adapter` expects image features {expected} wide, but this `image_encoder` "
                     f"gives {seen}; use the image encoder that the adapter was trained with."
                 )
             self._attach_adapter()
