@@ -292,7 +292,7 @@ class Desk:
     # -- restoring -------------------------------------------------------------------------------------------
 
     def restore(self, visit: Visit, settings: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-        """People that are drawn come back; what else a file holds is checked as if a stranger had written it."""
+        """People that are drawn come back; the rest is checked as if a stranger had written it."""
         found = self.restorable(settings)
         drawn = settings.get("drawn")
         if self.studio.miniature and isinstance(drawn, list) and 0 < len(drawn) <= self.limits.people:

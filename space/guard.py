@@ -1,8 +1,8 @@
 """What stands between the web and Gradio: uploads within limits, and no file but those meant to be fetched.
 
 Gradio stores an upload under a hash of its content, so that two visitors with the same photo share one file,
-and serves every file of its upload folder. Here each upload gets a path of its own, none is ever served, and of
-all else only programs' results are.
+and serves every file of its upload folder. Here each upload gets a path of its own, none is ever served, and
+of all else only programs' results are.
 """
 
 from __future__ import annotations

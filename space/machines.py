@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 class Machine:
     """How FLUX.1's parts are held.
 
-    transformer, text_encoder_2: "bfloat16", or weights in 8 bits ("int8", torchao) or 4 ("nf4", bitsandbytes).
-    offload: "none"; "model" (one part at a time on the GPU); "group" (one layer at a time: least memory, slowest).
+    transformer, text_encoder_2: "bfloat16", or weights in 8 bits ("int8", by torchao) or 4 ("nf4", by
+        bitsandbytes).
+    offload: "none"; "model" (one part at a time on the GPU); "group" (one layer at a time: least memory,
+        slowest).
     tiled_vae: decode in tiles. previews: show pictures as they form; decoding a preview on an offloaded model
     would move the transformer out and in again at each step, so those go without.
     gigabytes: what the weights on the GPU weigh at most at one time, reckoned from their sizes (FLUX.1's

@@ -178,8 +178,13 @@ class _Builder:
                     elem_id="prompt",
                 )
                 self.words = gr.Markdown(container=False, elem_classes="wa-words", elem_id="words")
-                gr.Examples([[text] for text in examples[:4]], [self.prompt], label="Or try one of these",
-                            api_visibility="private", elem_id="examples")  # fmt: skip
+                gr.Examples(
+                    [[text] for text in examples[:4]],
+                    [self.prompt],
+                    label="Or try one of these",
+                    api_visibility="private",
+                    elem_id="examples",
+                )
                 self.similarity = self.slider(
                     0, 1.5, similarity, 0.05, "Similarity", "How much the faces count", "similarity"
                 )
@@ -258,9 +263,9 @@ class _Builder:
                 self.easel = parts.easel(parts.easel_value([], [], studio.size("square", 0)))
                 self.consent = gr.Checkbox(
                     False,
-                    label="The people in the photos agree to pictures of them (drawn people need not be asked)"
+                    label="The people in the photos agree to this (drawn people need not be asked)"
                     if studio.miniature
-                    else "The people in the photos, or their guardians, agree to pictures of them",
+                    else "The people in the photos, or their guardians, agree to this",
                     elem_id="consent",
                 )
                 with gr.Row(elem_id="make-row"):
@@ -282,8 +287,8 @@ class _Builder:
                 )
                 self.shelf = parts.shelf(parts.shelf_value(None))
         gr.HTML(
-            '<p class="wa-foot">Photos are deleted as soon as their faces are found; faces and pictures are kept '
-            "only while this page is open. Every picture's file says that a model made it, and with which "
+            '<p class="wa-foot">Photos are deleted as soon as their faces are found; faces and pictures are '
+            "kept only while this page is open. Every picture's file says that a model made it, and with which "
             "settings: drop it on the page to get them back.</p>",
             padding=False,
         )
@@ -317,9 +322,11 @@ class _Builder:
         self.people.bring(self.on_bring, [self.shape, self.boxes], [*shown, self.new_seed, *settings], **many)
         self.people.act(self.on_act, [self.shape, self.boxes], shown, **many)
         self.restore.upload(
-            self.on_restore, [self.restore, self.shape, self.boxes],
-            [*shown, self.new_seed, *settings, self.restore], **PRIVATE,
-        )  # fmt: skip
+            self.on_restore,
+            [self.restore, self.shape, self.boxes],
+            [*shown, self.new_seed, *settings, self.restore],
+            **PRIVATE,
+        )
         self.shape.input(self.on_shape, [self.shape], [self.easel, self.boxes], **PRIVATE)
         self.easel.moved(
             None, None, self.boxes, js=BOXES_TO_TEXT, trigger_mode="multiple", api_visibility="private"
@@ -330,9 +337,12 @@ class _Builder:
         self.prompt.change(self.on_words, self.prompt, self.words, trigger_mode="always_last", **PRIVATE)
         self.page.load(self.on_words, self.prompt, self.words, **PRIVATE)
         self.dice.click(
-            None, None, [self.seed, self.new_seed], api_visibility="private",
+            None,
+            None,
+            [self.seed, self.new_seed],
+            api_visibility="private",
             js=f"() => [Math.floor(Math.random() * {MAX_SEED}), false]",
-        )  # fmt: skip
+        )
         asked = [*settings, self.new_seed, self.count, self.boxes, self.consent, self.visible]
         made = [self.easel, self.shelf, self.readout, self.seed, *ways]
         self.make.click(self.on_make, asked, made, trigger_mode="once", **PRIVATE)
@@ -341,9 +351,11 @@ class _Builder:
         one = [self.shape, self.boxes]
         self.shelf.show(self.on_show, one, [self.easel, self.shelf, self.readout], **PRIVATE)
         self.easel.choose(
-            self.on_choose, one,
-            [self.easel, self.shelf, self.readout, self.similarity, self.diversity, self.seed, self.new_seed], **PRIVATE,
-        )  # fmt: skip
+            self.on_choose,
+            one,
+            [self.easel, self.shelf, self.readout, self.similarity, self.diversity, self.seed, self.new_seed],
+            **PRIVATE,
+        )
         self.easel.reuse(self.on_reuse, None, [self.seed, self.new_seed], **PRIVATE)
         self.page.unload(self.page.leave)
 
@@ -571,9 +583,12 @@ class _Builder:
             gr.Warning(plain(error))
             suggested = self.desk.suggested_boxes(visit, shape)
             easel = parts.easel_value(
-                look, suggested, self.desk.size(visit, shape),
-                state="failed", text=plain(error),
-            )  # fmt: skip
+                look,
+                suggested,
+                self.desk.size(visit, shape),
+                state="failed",
+                text=plain(error),
+            )
             yield [easel, gr.skip(), gr.skip(), gr.skip(), *idle]
             return
         size = self.studio.size(orders[0].shape, len(orders[0].people))
@@ -586,8 +601,12 @@ class _Builder:
         grid = {"columns": len(SWEEP_DIVERSITY), "cells": cells} if sweep else None
         seed = orders[0].seed
         yield [
-            easel(state="waiting", fraction=None, text="Asking for a place …", grid=grid), gr.skip(), gr.skip(), seed, *busy,
-        ]  # fmt: skip
+            easel(state="waiting", fraction=None, text="Asking for a place …", grid=grid),
+            gr.skip(),
+            gr.skip(),
+            seed,
+            *busy,
+        ]
         picture, latest, text = None, None, ""
         for update in self.studio.make(orders, permit):
             if isinstance(update, Waiting):
@@ -611,7 +630,7 @@ class _Builder:
                     ),
                     *[gr.skip()] * 3,
                     *busy,
-                ]  # fmt: skip
+                ]
             elif isinstance(update, Made):
                 picture = self.desk.keep(visit, update)
                 if sweep:

@@ -31,7 +31,7 @@ def people(value: dict[str, Any]) -> gr.HTML:
 
 
 def easel(value: dict[str, Any]) -> gr.HTML:
-    """Boxes and picture. Events: `moved` (boxes changed by hand), `arrange`, `choose` (of a grid), `reuse`."""
+    """Boxes and picture. Events: `moved` (a box, by hand), `arrange`, `choose` (of a grid), `reuse`."""
     return _part("easel", value)
 
 
@@ -87,7 +87,7 @@ def easel_value(
     size: tuple[int, int],
     **more: Any,
 ) -> dict[str, Any]:
-    """What the easel shows. more: state ("idle", "waiting", "making", "done", "failed"), picture, text, ..."""
+    """What the easel shows. more: state (idle, waiting, making, done, failed), picture, text, ..."""
     hint = "Drag the boxes to where each face shall be." if people else "The picture will be here."
     return {
         "width": size[0],
@@ -140,8 +140,8 @@ def head(miniature: bool, notice: str) -> str:
     )
     return (
         '<header class="wa-head"><h1>WithAnyone</h1>'
-        "<p>Pictures of people you choose: give their faces, say what they do, drag them into place.</p></header>"
-        + (before if miniature else "")
+        "<p>Pictures of people you choose: give their faces, say what they do, drag them into place.</p>"
+        "</header>" + (before if miniature else "")
     )
 
 

@@ -210,7 +210,7 @@ class Programs:
         return people
 
     def photo_bytes(self, photo: Any, name: str) -> bytes:
-        """A photo's file: an upload of this page ({"path": ...} or its address), or a data: URL. No address on
+        """A photo's file: an upload of this page (its path or its address), or a data: URL. No address on
         the web is fetched, and no other file of this machine is read."""
         if isinstance(photo, dict):
             photo = photo.get("path")

@@ -19,7 +19,7 @@ WITHHELD = "This picture was withheld by the content filter. Another seed or oth
 
 
 def load_filter(where: str | None) -> ContentFilter | None:
-    """The safety checker of a folder or Hub id (CompVis/stable-diffusion-safety-checker); None without one."""
+    """The checker of a folder or Hub id (CompVis/stable-diffusion-safety-checker); None without one."""
     if not where:
         return None
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker

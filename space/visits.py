@@ -1,9 +1,9 @@
 """Visitors: what each brought and made, kept apart, and gone when they go.
 
-A visit is one open page, known by Gradio's session hash, which only that page has. Faces are held in memory; a
-photo's file is deleted as soon as its faces are found. Pictures lie in a folder of the visit that no address
-leads to: the page gets them inside its own event stream. Only programs, which fetch files, get an address, one
-that cannot be guessed and that ends with their session.
+A visit is one open page, known by Gradio's session hash, which only that page has. Faces are held in memory;
+a photo's file is deleted as soon as its faces are found. Pictures lie in a folder of the visit that no
+address leads to: the page gets them inside its own event stream. Only programs, which fetch files, get an
+address, one that cannot be guessed and that ends with their session.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Visits:
             shutil.rmtree(file.parent, ignore_errors=True)
 
     def upload_at(self, path: Any) -> Path:
-        """A file that was uploaded; anything else is refused, lest a program name any file of this machine."""
+        """A file that was uploaded; anything else is refused, lest somebody name a file of this machine."""
         file = Path(path).resolve() if isinstance(path, str) and "\0" not in path else None
         if file is None or file.parent.parent != self.inbox or file.parent == self.results:
             raise ValueError("This photo was not uploaded here: upload it first.")
