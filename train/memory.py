@@ -157,7 +157,7 @@ def saved_by_step(
     """Bytes kept by transformer and adapter for the backward pass of `batch` samples."""
     transformer, adapter = parts.transformer, parts.adapter
     transformer.requires_grad_(False)
-    adapter.attach(transformer)
+    adapter.requires_grad_(True).attach(transformer)
     side = adapter.config.pixels_per_token
     columns, rows = width // side, height // side
     config = transformer.config

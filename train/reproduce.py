@@ -155,7 +155,9 @@ def write_config(plan: Plan, row: Row, seed: int) -> Path:
 
 
 def train(plan: Plan, row: Row, seed: int) -> None:
-    """Trains to the end, then puts the chosen adapter into a pipeline folder (`model`)."""
+    """Trains to the end, then puts the chosen adapter into a pipeline folder (`model`), once."""
+    if (plan.folder(row, seed) / "model" / "model_index.json").exists():
+        return
     ensure_cases(plan.validation)
     path = write_config(plan, row, seed)
     command(sys.executable, "-m", "train", "--config", path, *plan.overrides)

@@ -450,6 +450,7 @@ class Trainer:
             tracker.log({f"validation/{k}": v for k, v in scores.items()}, step=self.step)
             if hasattr(tracker, "log_images"):
                 picture = np.asarray(Image.open(sheet).convert("RGB"))[None]  # (1, H, W, 3)
-                tracker.log_images({"validation/pictures": picture}, step=self.step)
+                more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation/pictures": picture}, step=self.step, **more)
         # last: the line says that this step's validation is done
         runlog.append_line(self.output_dir / runlog.VALIDATION, {"step": self.step, **scores})

@@ -1,0 +1,236 @@
+"""The claim's rows: data that is checked, steps that are not done twice, figures that say no more than they
+are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.test_train_release import _results
+from train import reproduce
+from train.config import PHASES, read_yaml
+from train.reproduce import PLAN, pooled, read_plan, row_figures, table, verdict, write_config, write_table
+from withanyone.mini import PRETRAINED
+
+
+def _plan(tmp_path, **changes):
+    values = yaml.safe_load(PLAN.read_text())
+    for name in ("validation", "test"):
+        values[name]["cases"] = str(tmp_path / f"cases_{name}")
+    values.update(out=str(tmp_path / "out"), figures=str(tmp_path / "figures" / "claim"), **changes)
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_the_plan_has_the_rows_of_the_claim():
+    plan = read_plan(PLAN)
+    rows = {row.name: row for row in plan.rows}
+    assert rows["control"].settings == {"paired_ratio": 0.0}
+    assert rows["paired"].settings == {"contrastive_loss_weight": 0.0}
+    assert rows["in_batch"].settings == {"num_negatives": 0, "in_batch_negatives": True}
+    negatives = [rows[name].settings["num_negatives"] for name in ("negatives_16", "negatives_256", "full")]
+    assert negatives == [16, 256, 4096]
+    assert rows["estimate"].settings["id_landmarks"] == "estimate"
+    assert rows["most_similar"].settings["reference_rule"] == "released"
+    assert [len(row.seeds) for row in plan.rows] == [3 if r.headline else 1 for r in plan.rows]
+    assert {r.name for r in plan.rows if r.headline} == {"control", "full"}
+    assert "--count 400" in plan.test["make"] and "--split validation" in plan.validation["make"]
+    shared = read_yaml(PHASES / plan.config)
+    assert shared["paired_ratio"] == 0.5  # every row but the control is paired
+
+
+def test_headline_rows_come_first_and_a_part_can_be_asked_for(tmp_path):
+    plan = read_plan(_plan(tmp_path))
+    runs = [(row.name, seed) for row, seed in plan.runs()]
+    assert runs[:2] == [("control", 0), ("full", 0)] and len(runs) == len(set(runs)) == 12
+    assert [(row.name, seed) for row, seed in plan.runs(["paired"])] == [("paired", 0)]
+    with pytest.raises(ValueError, match="nonsense"):
+        list(plan.runs(["nonsense"]))
+
+
+def test_a_row_with_an_unknown_setting_is_refused(tmp_path):
+    rows = yaml.safe_load(PLAN.read_text())["rows"]
+    rows["paired"]["settings"] = {"contrastive_weight": 0}
+    with pytest.raises(ValueError, match="row paired.*Did you mean `contrastive_loss_weight`"):
+        read_plan(_plan(tmp_path, rows=rows))
+    with pytest.raises(ValueError, match="lacks or has an entry"):
+        read_plan(_plan(tmp_path, colour="red"))
+
+
+def test_all_rows_share_start_steps_and_data(tmp_path):
+    plan = read_plan(_plan(tmp_path), ["max_train_steps=7"])
+    configs = {}
+    for row, seed in plan.runs():
+        values = yaml.safe_load(write_config(plan, row, seed).read_text())
+        assert values["init_from"] == plan.start and values["seed"] == seed
+        configs[row.name, seed] = values
+    own = {"seed", "output_dir"}
+    base = configs["full", 0]
+    for row in plan.rows:
+        differ = {k for k in base.keys() | configs[row.name, 0].keys()
+                  if base.get(k) != configs[row.name, 0].get(k)} - own  # fmt: skip
+        assert differ <= row.settings.keys() | {"num_negatives"}
+
+
+class _Commands:
+    """Stands for the commands: writes what they would."""
+
+    def __init__(self, sim_gt):
+        self.sim_gt, self.calls = sim_gt, []
+
+    def __call__(self, *words):
+        words = [str(word) for word in words]
+        self.calls.append(words[2] + (" " + words[3] if words[2].startswith("withanyone") else ""))
+        if words[2] == "withanyone.mini":
+            Path(words[words.index("--out") + 1]).mkdir(parents=True)
+        elif words[2] == "train":
+            config = yaml.safe_load(Path(words[4]).read_text())
+            folder = Path(config["output_dir"]) / "best"
+            folder.mkdir(parents=True)
+            (folder / "best.json").write_text(json.dumps({"step": 110}))
+        elif words[3] == "score":
+            out = Path(words[words.index("--out") + 1])
+            _results(out, self.sim_gt)
+
+
+def test_the_command_does_everything_once_and_in_pieces(tmp_path, monkeypatch, capsys):
+    from train.__main__ import main
+
+    commands = _Commands(0.6)
+    monkeypatch.setattr(reproduce, "command", commands)
+    pretrained = tmp_path / "pipeline"
+    (pretrained / "vae").mkdir(parents=True)
+    (pretrained / "model_index.json").write_text("{}")
+    phase = tmp_path / "phase.yaml"
+    phase.write_text(yaml.safe_dump({**read_yaml("mini_3.yaml"), "pretrained": str(pretrained)}))
+    path = str(_plan(tmp_path, config=str(phase)))
+    main(["reproduce", "--plan", path, "--rows", "control", "full", "--seeds", "0", "--stages", "train"])
+    assert "control, seed 0" in capsys.readouterr().out
+    assert Counter(commands.calls) == {"withanyone.mini cases": 1, "train": 2}
+    model = tmp_path / "out" / "full" / "seed_0" / "model"
+    assert (model / "vae").is_symlink() and (model / "face_adapter" / "best.json").exists()
+    main(["reproduce", "--plan", path])
+    said = capsys.readouterr().out
+    assert commands.calls.count("withanyone.bench score") == 12
+    assert commands.calls.count("withanyone.mini cases") == 2
+    before = len(commands.calls)
+    main(["reproduce", "--plan", path])
+    assert len(commands.calls) == before  # everything is scored: nothing is done again
+    assert "reconstruction goes on (control)" in said and "| 3 | 40 |" in said
+    for suffix in (".json", ".md", ".png"):
+        assert (tmp_path / "figures" / f"claim{suffix}").stat().st_size > 500
+    summary = json.loads((tmp_path / "figures" / "claim.json").read_text())
+    assert summary["missing"] == [] and summary["rows"]["full"]["steps_chosen"] == {
+        "0": 110,
+        "1": 110,
+        "2": 110,
+    }
+
+
+def test_a_row_scored_on_other_cases_is_refused(tmp_path):
+    plan = read_plan(_plan(tmp_path))
+    for row, fingerprint in (("control", "a"), ("full", "b")):
+        folder = plan.out / row / "seed_0"
+        folder.mkdir(parents=True)
+        _results(folder / "results.json", 0.6, fingerprint=fingerprint)
+    with pytest.raises(ValueError, match="different cases"):
+        write_table(plan)
+
+
+def test_seeds_are_pooled_by_case():
+    rng = np.random.default_rng(0)
+    case = rng.normal(size=200)
+    seeds = [{(f"{c}", 0, 0): case[c] + 0.1 * rng.normal() for c in range(200)} for _ in range(3)]
+    one, three = pooled(seeds[:1]), pooled(seeds)
+    assert three["mean"] == pytest.approx(np.mean([list(s.values()) for s in seeds]))
+    assert three["low"] < three["mean"] < three["high"]
+    width = one["high"] - one["low"]
+    # three seeds of one set of cases are no three sets of cases
+    assert three["high"] - three["low"] > 0.9 * width
+    assert width == pytest.approx(2 * 1.96 * np.std(case) / np.sqrt(200), rel=0.15)
+    assert len(three["seeds"]) == 3
+
+
+def _figure(mean, half=0.01):
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": [mean]}
+
+
+def _row(title, sim_gt, copy_paste, ceiling=0.7):
+    figures = {"sim_gt": _figure(sim_gt), "copy_paste": _figure(copy_paste), "ceiling": _figure(ceiling)}
+    return {"title": title, "seeds": [0], "cases": 400, **figures,
+            "ranked": reproduce.is_ranked(figures, 0.6)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("control", "full", "said"),
+    [
+        ((0.6, 0.10), (0.61, 0.04), "The aim is reached."),
+        ((0.6, 0.10), (0.59, 0.04), "The aim is not reached."),
+        ((0.6, 0.10), (0.61, 0.06), "The aim is not reached."),
+        ((0.6, 0.03), (0.61, 0.01), "does not copy enough"),
+        ((0.3, 0.10), (0.31, 0.01), "is not ranked"),
+    ],
+)
+def test_the_verdict_says_what_the_figures_say(tmp_path, control, full, said):
+    plan = read_plan(_plan(tmp_path))
+    rows = {"control": _row("c", *control), "full": _row("f", *full)}
+    sentences = " ".join(verdict(rows, plan))
+    assert said in sentences
+    if said != "The aim is reached.":
+        assert "The aim is reached" not in sentences
+    shown = table({"rows": rows, "verdict": verdict(rows, plan), "missing": ["x"], "identity_by": ["judge"]})
+    assert f"{control[1]:+.3f}" in shown and said in shown and "Not yet there: x." in shown
+
+
+def test_figures_are_those_of_the_bench(tmp_path):
+    from withanyone.bench.results import read_results
+
+    results = read_results(_results(tmp_path / "r.json", 0.6))
+    figures = row_figures([results])
+    assert figures["sim_gt"]["mean"] == pytest.approx(0.6, abs=1e-3)
+    assert figures["copy_paste"]["mean"] == pytest.approx(0.1) and figures["ceiling"][
+        "mean"
+    ] == pytest.approx(0.7)
+
+
+@pytest.mark.slow
+def test_two_rows_of_two_steps_from_the_miniature_itself(tmp_path):
+    """All commands for real, at toy size: two steps of training, three cases."""
+    mini = [sys.executable, "-m", "withanyone.mini"]
+    shards = tmp_path / "shards"
+    sizes = {"identities": 12, "references": 2, "rec-scenes": 8, "cp-scenes": 8, "scenes-per-shard": 8,
+             "people-per-shard": 12, "face-pack": PRETRAINED / "face_analyzer"}  # fmt: skip
+    words = [str(word) for name, value in sizes.items() for word in (f"--{name}", value)]
+    subprocess.run([*mini, "shards", "--out", str(shards), *words], check=True)
+    phase = tmp_path / "phase.yaml"
+    settings = read_yaml("mini_3.yaml")
+    settings.update(
+        pretrained=str(PRETRAINED), shards=str(shards), max_train_steps=2, buckets=[[128, 128, 2]],
+        lr_warmup_steps=1,
+    )  # fmt: skip
+    phase.write_text(yaml.safe_dump(settings))
+    rows = yaml.safe_load(PLAN.read_text())["rows"]
+    out = tmp_path / "out"
+    path = _plan(
+        tmp_path, config=str(phase), start=str(PRETRAINED / "face_adapter"), headline_seeds=[0], workers=1,
+        rows={name: rows[name] for name in ("control", "full")},
+        validation={"cases": str(out / "v"), "count": 1, "every": 1, "metric": "sim_gt",
+                    "make": "python -m withanyone.mini cases --split validation --count 1 --out {out}"},
+        test={"cases": str(out / "t"), "judges": ["mini"], "generate": ["--steps", "2"],
+              "make": "python -m withanyone.mini cases --split test --count 3 --out {out}"},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "train.reproduce", "--plan", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "full recipe" in done.stdout
+    summary = json.loads((tmp_path / "figures" / "claim.json").read_text())
+    assert set(summary["rows"]) == {"control", "full"} and summary["missing"] == []
+    assert all(row["cases"] == 3 and "ceiling" in row for row in summary["rows"].values())
