@@ -4,6 +4,7 @@
 #   make check   lint, format and who imports whom     make browser the page's tests in Chromium
 #   make sheet   the README's pictures again
 #   make mini    train the miniature again from nothing (many hours; goes on where it stopped)
+#   make bench   the miniature on 400 cases of test people, its table and figures (an hour; goes on likewise)
 #
 # Settings: PYTHON=python3.12   VENV=path   TORCH=cpu|default   JOBS=test processes   ARGS="more for the command"
 
@@ -23,10 +24,10 @@ TORCH_PIN := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && echo 4 || echo "$$n")
 ARGS ?=
 
-.PHONY: help demo test slow check format mini sheet clean
+.PHONY: help demo test slow browser check format mini sheet bench sweep tradeoff clean
 
 help:
-	@sed -n '2,8p' Makefile | sed 's/^# \{0,1\}//'
+	@sed -n '2,10p' Makefile | sed 's/^# \{0,1\}//'
 
 # -- set-up: one virtual environment, filled only when the lists of packages changed ------------------------------
 
@@ -101,6 +102,48 @@ mini: $(VENV)/.dev
 
 sheet: $(VENV)/.dev
 	$(BIN)/python -m withanyone.mini people $(ARGS)
+
+# The bench on the miniature. Cases of test people are for the figures that are told, those of validation people for
+# choosing (the sweep of the sliders). Every step goes on where it stopped.
+BENCH := $(BIN)/python -m withanyone.bench
+BENCH_RUNS := runs/bench
+MODEL ?= withanyone/mini/pretrained
+COUNT ?= 400
+
+tradeoff: $(VENV)/.dev
+	$(BENCH) plot tradeoff --out figures/bench-tradeoff.png
+
+bench: $(VENV)/.dev
+	$(call drawn_cases,test,$(COUNT))
+	for method in GT=target Ref=reference miniature=$(MODEL); do \
+		name=$${method%%=*}; model=$${method#*=}; \
+		$(BENCH) generate --cases $(BENCH_RUNS)/cases-test-$(COUNT) --model "$$model" --workers $(JOBS) \
+			--out $(BENCH_RUNS)/pictures-test-$(COUNT)/$$name; \
+		$(BENCH) score --cases $(BENCH_RUNS)/cases-test-$(COUNT) --judges mini --workers $(JOBS) --method $$name \
+			--pictures $(BENCH_RUNS)/pictures-test-$(COUNT)/$$name --out $(BENCH_RUNS)/test-$(COUNT)-$$name.json; \
+	done
+	$(BENCH) table $(BENCH_RUNS)/test-$(COUNT)-{GT,Ref,miniature}.json --attributes --subset single \
+		--out $(BENCH_RUNS)/tables.md
+	$(BENCH) plot real $(BENCH_RUNS)/test-$(COUNT)-miniature.json --out figures/bench-real.png
+	$(BENCH) plot cases $(BENCH_RUNS)/test-$(COUNT)-miniature.json --out figures/bench-cases.png
+	$(BENCH) plot attributes $(BENCH_RUNS)/test-$(COUNT)-{GT,Ref,miniature}.json --subset single \
+		--out figures/bench-attributes.png
+
+sweep: COUNT = 24
+sweep: $(VENV)/.dev
+	$(call drawn_cases,validation,$(COUNT))
+	$(BENCH) generate --cases $(BENCH_RUNS)/cases-validation-$(COUNT) --model $(MODEL) --sweep --workers $(JOBS) \
+		--out $(BENCH_RUNS)/pictures-sweep
+	$(BENCH) score --cases $(BENCH_RUNS)/cases-validation-$(COUNT) --pictures $(BENCH_RUNS)/pictures-sweep \
+		--judges mini --workers $(JOBS) --method miniature --out $(BENCH_RUNS)/sweep.json
+	$(BENCH) plot sweep $(BENCH_RUNS)/sweep.json --out figures/bench-sweep.png
+
+# Cases of one split, drawn once: $(call drawn_cases,SPLIT,COUNT)
+define drawn_cases
+[ -f $(BENCH_RUNS)/cases-$(1)-$(2)/.whole ] || { \
+	$(BIN)/python -m withanyone.mini cases --out $(BENCH_RUNS)/cases-$(1)-$(2) --count $(2) --split $(1) && \
+	touch $(BENCH_RUNS)/cases-$(1)-$(2)/.whole; }
+endef
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

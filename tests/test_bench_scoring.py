@@ -239,14 +239,15 @@ def bench(*words: object, **given) -> subprocess.CompletedProcess:
 
 
 def without_run(path: Path) -> str:
+    """All that scoring decides; the checkout may get a commit between two runs."""
     results = json.loads(path.read_text())
-    del results["run"]
+    del results["run"], results["environment"]
     return json.dumps(results)
 
 
 @pytest.mark.slow
 def test_one_and_two_workers_and_a_killed_run_give_the_same(pack: str, tmp_path: Path) -> None:
-    people = [((k,), (k, k + 1), (k, k + 1, k + 2))[k % 3] for k in range(1, 31)]
+    people = [((k,), (k, k + 1), (k, k + 1, k + 2))[k % 3] for k in range(1, 25)]
     cases = bench_world.write_cases(tmp_path / "cases", people)
     pictures = bench_world.write_pictures(tmp_path / "made", people)
     score = ("score", "--cases", cases, "--pictures", pictures, "--judges", pack, "--resamples", "50")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..faces import load_image
+from ..photos import load_image
 
 logger = logging.getLogger(__name__)
 

@@ -403,10 +403,9 @@ class Spec:
                 f"`judges` has {text!r} of the unknown kind {kind!r}. {hint}Available: {', '.join(KINDS)}, "
                 "or module:attribute."
             )
-        if kind in ("clip", "aesthetic"):
-            own = kind
-        else:
-            own = rest if "." in kind else Path(where).stem
+        own = kind if kind in ("clip", "aesthetic") else Path(where).stem
+        if "." in kind:
+            own = rest  # a module's judges have names of their own; this one is for its absence
         return cls(label if has_name else own, kind, where)
 
 

@@ -16,7 +16,7 @@ from . import metrics
 from .figures import METRICS, metric_values
 from .published import TABLE_1, TABLE_2, Published
 from .scoring import Settings
-from .tables import PUBLISHED_BENCH
+from .tables import PUBLISHED_BENCH, SUBSET_WORDS
 
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
@@ -261,16 +261,17 @@ def plot_real(results: Sequence[dict], out: str | os.PathLike) -> None:
     and the photo. Who lies right of the real ones copies."""
     _check_one_world(results)
     figure, (axis,) = _start(6.4, 3.8)
-    grid = np.linspace(-0.3, 1.0, 400)
     real = np.array(list(_values(results[0], "ceiling").values()))
+    drawn = [np.array(list(_values(result, "sim_ref").values())) for result in results]
+    lowest = min([-0.1, *(np.quantile(values, 0.005) for values in (real, *drawn) if len(values))])
+    grid = np.linspace(lowest, 1.0, 400)
     if len(real) < 2:
         raise ValueError("`results` have too few people with target and photo for a distribution.")
     axis.fill_between(
         grid, _density(real, grid), color=GREY, alpha=0.35, linewidth=0, label="two real pictures"
     )
     axis.axvline(np.median(real), color=GREY, linewidth=1, linestyle=(0, (3, 3)))
-    for result, color in zip(results, _colors(results), strict=True):
-        values = np.array(list(_values(result, "sim_ref").values()))
+    for result, values, color in zip(results, drawn, _colors(results), strict=True):
         if len(values) > 1:
             axis.plot(
                 grid,
@@ -331,8 +332,8 @@ def plot_attributes(results: Sequence[dict], out: str | os.PathLike, *, subset: 
     axis.grid(axis="x", visible=False)
     axis.set_ylim(0, 1)
     axis.set_ylabel("share copied from the photo")
-    _title(axis, known, "what was taken from the photo")
-    axis.legend(fontsize=8, frameon=False)
+    _title(axis, known, f"what was taken from the photo, {SUBSET_WORDS[subset]}")
+    figure.legend(loc="outside lower center", ncols=len(known) + 1, fontsize=8, frameon=False)
     _save(figure, out)
 
 

@@ -41,7 +41,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..faces import Face, load_image
+from ..faces import Face
+from ..photos import load_image
 from . import metrics
 from .cases import SEED_MARK, Case, CaseError, Cases, check_pictures, picture_paths
 from .judges import Panel, Truth, load_panel
