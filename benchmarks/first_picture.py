@@ -25,7 +25,7 @@ from gradio_client import Client
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(patience: float = 120) -> tuple[subprocess.Popen, str]:
+def start(patience: float = 300) -> tuple[subprocess.Popen, str]:
     """`python app.py` on a free port of this machine, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

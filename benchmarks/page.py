@@ -1,6 +1,6 @@
 """The page's pictures in the README, taken in headless Chromium: figures/page-{light,dark,phone}.png.
 
-    python -m benchmarks.page [--out figures]
+    python -m benchmarks.page [--out figures] [--address http://127.0.0.1:7860]
 
 Starts `python app.py` with the miniature, takes drawn people, makes a picture, and looks at the page: on a
 desktop in light and dark, and on a phone of 375 pixels.
@@ -65,13 +65,14 @@ def take(chromium, address: str, name: str, out: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("figures"))
+    parser.add_argument("--address", help="of a running page; without it one is started")
     args = parser.parse_args(argv)
     from playwright.sync_api import sync_playwright
 
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise SystemExit("Chromium is missing: apt-get install chromium.")
-    process, address = start()
+    process, address = (None, args.address) if args.address else start()
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(take(browser, address, name, args.out))
             browser.close()
     finally:
-        stop(process)
+        if process:
+            stop(process)
 
 
 if __name__ == "__main__":

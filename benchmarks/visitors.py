@@ -4,8 +4,8 @@
 
 Starts `python app.py` with the miniature. Each visitor is a program with a photo of a drawn person of its
 own, under the same file name as all others'. What a seed gives is asked before the others come; every later
-picture of that visitor and seed must equal it, pixel by pixel. Between pictures each visitor guesses at the others'
-files, and makes a mistake now and then.
+picture of that visitor and seed must equal it, pixel by pixel. Between pictures each visitor guesses at the
+others' files, and makes a mistake now and then.
 """
 
 from __future__ import annotations

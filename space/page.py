@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import anyio
 import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
@@ -55,7 +56,9 @@ class Page(gr.Blocks):
         kwargs.setdefault("run_history", False)
         kwargs.setdefault("enable_monitoring", False)
         kwargs.setdefault("footer_links", ["api", "settings"])
-        return super().launch(*args, **kwargs)
+        launched = super().launch(*args, **kwargs)
+        give_all_outputs(getattr(self, "mcp_server_obj", None))
+        return launched
 
     def close(self, *args: Any, **kwargs: Any) -> None:
         super().close(*args, **kwargs)
@@ -74,6 +77,19 @@ class Page(gr.Blocks):
         self.visits.end(session)
         if session:
             threading.Timer(1.0, self.forget, (session,)).start()
+
+
+def give_all_outputs(mcp_server: Any) -> None:
+    """Gradio 6.31 answers an MCP client that wants no progress with all outputs of a tool as one text, where
+    others get a picture and two texts: let it give the outputs one by one to both."""
+    if mcp_server is None:
+        return
+
+    async def outputs(job: Any) -> list[Any]:
+        result = await anyio.to_thread.run_sync(job.result)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    mcp_server._execute_tool_without_progress = outputs
 
 
 def theme() -> gr.themes.Base:
@@ -288,8 +304,8 @@ class _Builder:
                 self.shelf = parts.shelf(parts.shelf_value(None))
         gr.HTML(
             '<p class="wa-foot">Photos are deleted as soon as their faces are found; faces and pictures are '
-            "kept only while this page is open. Every picture's file says that a model made it, and with which "
-            "settings: drop it on the page to get them back.</p>",
+            "kept only while this page is open. Every picture's file says that a model made it, and with "
+            "which settings: drop it on the page to get them back.</p>",
             padding=False,
         )
 
