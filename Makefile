@@ -4,6 +4,7 @@
 #   make check   lint, format and who imports whom     make browser the page's tests in Chromium
 #   make sheet   the README's pictures again
 #   make mini    train the miniature again from nothing (many hours; goes on where it stopped)
+#   make reproduce   the paper's claim in the miniature, row by row (many hours; goes on likewise)
 #   make bench   the miniature on 400 cases of test people, its table and figures (an hour; goes on likewise)
 #
 # Settings: PYTHON=python3.12   VENV=path   TORCH=cpu|default   JOBS=test processes   ARGS="more for the command"
@@ -24,10 +25,10 @@ TORCH_PIN := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && echo 4 || echo "$$n")
 ARGS ?=
 
-.PHONY: help demo test slow browser check format mini sheet bench sweep tradeoff clean
+.PHONY: help demo test slow browser check format mini reproduce sheet bench sweep tradeoff clean
 
 help:
-	@sed -n '2,10p' Makefile | sed 's/^# \{0,1\}//'
+	@sed -n '2,11p' Makefile | sed 's/^# \{0,1\}//'
 
 # -- set-up: one virtual environment, filled only when the lists of packages changed ------------------------------
 
@@ -99,6 +100,9 @@ format: $(VENV)/.dev
 
 mini: $(VENV)/.dev
 	$(BIN)/python -m withanyone.mini build $(ARGS)
+
+reproduce: $(VENV)/.dev
+	$(BIN)/python -m train.reproduce $(ARGS)
 
 sheet: $(VENV)/.dev
 	$(BIN)/python -m withanyone.mini people $(ARGS)
