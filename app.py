@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from space.machines import Settings
 from space.page import build_demo
 from space.studio import Studio
+from space.visits import Limits
 
 __all__ = ["build_demo", "main"]
 
@@ -27,12 +28,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=settings.model)
     parser.add_argument("--host", default=None, help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=None)
+    parser.add_argument(
+        "--requests-per-minute", type=int, help="of one visitor, in place of the limits in space/visits.py"
+    )
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     studio = Studio(settings=dataclasses.replace(settings, model=args.model))
-    demo = build_demo(studio=studio)
+    limits = Limits()
+    if args.requests_per_minute is not None:
+        most = args.requests_per_minute
+        limits = Limits(uploads_per_minute=most, pictures_per_minute=most, calls_per_minute=most)
+    demo = build_demo(studio=studio, limits=limits)
     if settings.zero_gpu:  # the GPU's process is forked from this one and must find the model in it
         _ = studio.pipe
     else:  # the page opens at once; the model loads while the visitor looks around

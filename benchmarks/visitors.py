@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args(argv)
-    process, address = start()
+    process, address = start("--requests-per-minute", "100000")
     try:
         figures = run(process.pid, address, args.minutes, args.visitors, args.steps)
     finally:
@@ -150,6 +151,7 @@ def run(pid: int, address: str, minutes: float, count: int, steps: int) -> dict:
             "pictures": len(seconds),
             "different_pictures": distinct,
             "mixed": sum(visitor.mixed for visitor in visitors),
+            "load_average": round(os.getloadavg()[0], 1),
             "errors": [error for visitor in visitors for error in visitor.errors],
             "mistakes_answered": sum(visitor.refused for visitor in visitors),
             "others_files_reached": sum(visitor.reached for visitor in visitors),

@@ -38,7 +38,11 @@ class Guard:
             path = re.sub(r"/{2,}", "/", scope["path"])
             at = path.find(API + "/")
             inner = path[at + len(API) :] if at >= 0 else path
-            if inner.rstrip("/") == "/upload" and scope["method"] == "POST":
+            if inner == "/" and scope["method"] == "HEAD":
+                # Gradio asks this of itself when it starts, waits three seconds for the whole page to be put
+                # together, and gives up; on a busy machine that takes longer.
+                answer = PlainTextResponse("")
+            elif inner.rstrip("/") == "/upload" and scope["method"] == "POST":
                 answer = await self.upload(Request(scope, receive))
             elif inner.startswith(("/file=", "/file/")) and not self.visits.may_serve(unquote(inner[6:])):
                 answer = PlainTextResponse("There is no such file, or it is not yours.", status_code=403)

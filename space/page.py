@@ -130,6 +130,17 @@ def theme() -> gr.themes.Base:
         link_text_color="#b23a0a",
         link_text_color_dark="#ffa676",
         color_accent="#c2410c",
+        slider_color="#c2410c",
+        checkbox_border_color="#8a827b",
+        checkbox_border_color_dark="#8a827b",
+        checkbox_border_width="1px",
+        input_border_color="#cfc8c2",
+        input_border_color_dark="#57514c",
+        input_border_width="1px",
+        input_border_width_dark="1px",
+        button_secondary_border_color="#cfc8c2",
+        button_secondary_border_color_dark="#57514c",
+        button_border_width="1px",
     )
 
 

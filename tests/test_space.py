@@ -441,6 +441,7 @@ def test_no_file_is_served_but_results(web, visits) -> None:
             assert web.get(f"{prefix}{path}").status_code == 403, (prefix, path)
     assert web.get("/gradio_api/proxy=http://a").status_code == 404
     assert web.get("/config").text == "gradio"
+    assert web.head("/").status_code == 200 and web.get("/").text == "gradio"
 
 
 def test_a_proxy_is_believed_only_where_there_is_one() -> None:
