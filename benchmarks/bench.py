@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,16 @@ from pathlib import Path
 BENCH = [sys.executable, "-m", "withanyone.bench", "--quiet"]
 
 
-def run(*words: object) -> float:
-    """Seconds of wall clock of one command of the bench."""
-    start = time.monotonic()
+def run(*words: object) -> tuple[float, float]:
+    """Seconds of one command of the bench: by the clock, and of the processors, which other work on a
+    machine disturbs less."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [*BENCH, *map(str, words)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    return time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return round(time.monotonic() - start, 1), round(worked, 1)
 
 
 def score(args: argparse.Namespace, method: str, out: str, workers: int, cache: str) -> tuple:
@@ -101,13 +105,14 @@ def main() -> None:
         "workers": args.workers,
         "cores": os.cpu_count(),
         "load_average_at_the_end": round(os.getloadavg()[0], 1),
-        "seconds_cold": round(cold, 1),
-        "seconds_another_method_on_the_same_cases": round(another, 1),
-        "seconds_again": round(again, 1),
+        "seconds": "by the clock, of the processors",
+        "seconds_cold": cold,
+        "seconds_another_method_on_the_same_cases": another,
+        "seconds_again": again,
         "rows_when_killed": kept,
         "rows_not_done_again": resumed,
-        "seconds_after_kill": round(rest, 1),
-        "seconds_one_worker": round(alone, 1),
+        "seconds_after_kill": rest,
+        "seconds_one_worker": alone,
         "same_figures": figures(args.work / "cold.json")
         == figures(args.work / "alone.json")
         == figures(args.work / "killed.json"),

@@ -103,6 +103,97 @@ def test_bootstrap_covers_the_mean_and_draws_whole_cases() -> None:
     assert grouped[1] - grouped[0] == pytest.approx(2 * 1.96 / 10, rel=0.25)
 
 
+def test_the_interval_of_a_mean_is_that_of_any_statistic() -> None:
+    """The mean's short way through sums and counts, against the long way."""
+    rng = np.random.default_rng(2)
+    values, groups = rng.normal(size=90), rng.integers(0, 25, 90)
+    short = metrics.bootstrap_interval(values, groups, resamples=200, seed=4)
+    long = metrics.bootstrap_interval(
+        values, groups, statistic=lambda drawn: float(np.mean(drawn)), resamples=200, seed=4
+    )
+    assert short == pytest.approx(long)
+    figure = metrics.mean_with_interval(values, groups, resamples=200, seed=4)
+    assert (figure["low"], figure["high"]) == pytest.approx(short, abs=1e-6)
+    assert (figure["n"], figure["cases"]) == (90, len(np.unique(groups)))
+    assert figure["mean"] == pytest.approx(values.mean(), abs=1e-6)
+
+
+def test_a_paired_difference_loses_what_cases_have_in_common() -> None:
+    rng = np.random.default_rng(3)
+    hard, noise = rng.normal(size=200), rng.normal(scale=0.05, size=200)
+    change = metrics.paired_difference(hard + 0.02 + noise, hard)
+    assert change["low"] < 0.02 < change["high"]
+    assert change["high"] - change["low"] == pytest.approx(2 * 1.96 * 0.05 / np.sqrt(200), rel=0.2)
+    with pytest.raises(ValueError, match="one length"):
+        metrics.paired_difference([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("sim_gt", "several", "ranked"),
+    [
+        (0.40, False, False),
+        (0.401, False, True),
+        (0.36, False, False),
+        (0.36, True, True),
+        (0.35, True, False),
+    ],
+)
+def test_copy_paste_is_ranked_among_the_alike_only(sim_gt: float, several: bool, ranked: bool) -> None:
+    assert metrics.may_rank_copy_paste(sim_gt, several) is ranked
+
+
+def test_the_right_one_among_others() -> None:
+    targets = np.eye(4)
+    generated = np.array([[1.0, 0.1, 0, 0], [0.9, 1.0, 0, 0], [0, 1.0, 0.9, 0]])
+    names = ["a", "b", "c", "d"]
+    assert metrics.rank_one(generated, targets, [0, 1, 2], names).tolist() == [True, True, False]
+    # a person's own other targets are no rivals
+    assert metrics.rank_one(generated[2:], targets, [2], ["a", "c", "c", "d"]).tolist() == [True]
+    # of a gallery of two only one rival is drawn, the wrong one in one case of three
+    hits = [metrics.rank_one(generated[2:], targets, [2], names, gallery=2, seed=k)[0] for k in range(60)]
+    assert 0.5 < np.mean(hits) < 0.85
+    with pytest.raises(ValueError, match="two people"):
+        metrics.rank_one(generated, targets, [0, 1, 2], ["a"] * 4)
+
+
+def turned(kps: np.ndarray, degrees: float) -> np.ndarray:
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return kps @ np.array([[c, s], [-s, c]])
+
+
+def test_yaw_and_roll_of_landmarks() -> None:
+    ahead = np.array([[30.0, 40], [70, 40], [50, 60], [38, 80], [62, 80]])
+    right = ahead.copy()
+    right[2, 0] += 12  # the nose, towards the picture's right
+    poses = metrics.pose_of(np.stack([ahead, right, turned(ahead, 20), 3 * turned(right, -10) + 7]))
+    np.testing.assert_allclose(poses[:, 0], [0, 0.3, 0, 0.3], atol=1e-12)
+    np.testing.assert_allclose(np.degrees(poses[:, 1]), [0, 0, 20, -10], atol=1e-9)
+    with pytest.raises(ValueError, match="5, 2"):
+        metrics.pose_of(ahead)
+
+
+def test_copying_a_number() -> None:
+    share = metrics.copied_share([0.0, 0.4, 0.1, 0.9], [0.0] * 4, [0.4] * 4)
+    np.testing.assert_allclose(share, [-1, 1, -0.5, 1])
+    with pytest.raises(ValueError, match="must differ"):
+        metrics.copied_share([0.1], [0.2], [0.2])
+
+
+def test_disagreement_of_pairs_by_hand() -> None:
+    assert metrics.disagreement(["a", "a", "a"]) == 0
+    assert metrics.disagreement(["a", "b", "c"]) == 1
+    assert metrics.disagreement(["a", "a", "b"]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="at least two"):
+        metrics.disagreement(["a"])
+
+
+def test_the_front_by_hand() -> None:
+    points = [[0.3, 0.1], [0.5, 0.4], [0.2, 0.2], [0.5, 0.4], [0.5, 0.5], [np.nan, 0.0]]
+    assert metrics.pareto_front(points, [True, False]).tolist() == [True, True, False, True, False, False]
+    with pytest.raises(ValueError, match="a column an objective"):
+        metrics.pareto_front(points, [True])
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
