@@ -113,6 +113,9 @@ def test_drawn_cases_are_scored_by_one_command(drawn: Path, tmp_path: Path, caps
     # what the target shows was asked for, as far as the reader reads right
     assert results["metrics"]["all"]["prompt_following"]["mean"] > 0.5
     assert results["attributes"]["all"]["scene"]["copied"]["mean"] < 0.2
+    people = [person for row in results["rows"] for person in row["pictures"][0]["people"]]
+    assert all(set(person["copied"]) <= set(person["reference"]) for person in people)
+    assert sum("scene" in person["copied"] for person in people) <= 1
     assert "the drawn world" in capsys.readouterr().out
     attributes = ["plot", "attributes", str(out), "--out", str(tmp_path / "attributes.png")]
     assert main(attributes) == 0

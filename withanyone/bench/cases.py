@@ -307,9 +307,14 @@ class ParquetCases(Cases):
 
     @cached_property
     def _table(self):
-        from datasets import Image as ImageFeature
-        from datasets import List, load_dataset
-
+        try:
+            from datasets import Image as ImageFeature
+            from datasets import List, load_dataset
+        except ImportError as error:
+            raise ValueError(
+                f"`cases` {self.source} is parquet, which needs the package datasets: "
+                'pip install "withanyone[bench]".'
+            ) from error
         table = load_dataset("parquet", data_files=self._files, split="train")
         for name, feature in table.features.items():  # the files' bytes; decoding is ours
             if isinstance(feature, ImageFeature):

@@ -27,9 +27,12 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 def _start(width: float, height: float, columns: int = 1):
     """A figure and its axes, without a display."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('plots need the package matplotlib: pip install "withanyone[bench]".') from error
 
     with rc_context({"font.size": 9}):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -15,7 +15,8 @@ Schema `withanyone.bench.results/1` (`read_results` checks it):
     diversity               between a case's pictures at several seeds, None with one picture a case
     problems                {kind: {"count", "first"}}: what was missing, in words
     broken_cases            {case: what is wrong}: left out of every figure
-    rows                    one a case, see withanyone.bench.scoring
+    rows                    one a case, see withanyone.bench.scoring; beyond that each person has `copied`
+                            (attributes taken from the photo), `rank_one` and `strangers`
     run                     created, seconds, workers, rows kept from before: the only part that may differ
                             between two runs on the same input
 """
@@ -35,7 +36,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .cases import Cases
-from .figures import IDENTITY, SUBSETS, add_crowd, attribute_figures, diversity_figures, figures, people_of
+from .figures import (
+    IDENTITY,
+    SUBSETS,
+    add_crowd,
+    attribute_figures,
+    copied_attributes,
+    diversity_figures,
+    figures,
+    people_of,
+)
 from .judges import Panel
 from .scoring import DEFAULTS, Scored, Settings
 
@@ -64,6 +74,8 @@ def make_results(
     bootstrap = {"level": 0.95, "resamples": 1000, "seed": 0} | (bootstrap or {})
     rows, judges = scored.rows, panel.scoring
     add_crowd(rows, scored.vectors)
+    for _, _, entry in people_of(rows):
+        entry["copied"] = copied_attributes(entry)
     means = figures(rows, judges, settings, bootstrap)
     by_judge = {}
     for judge in panel.recognizers:
