@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # so that visitors' files go before the process does
     studio = Studio(settings=dataclasses.replace(settings, model=args.model))
     limits = Limits()
     if args.requests_per_minute is not None:

@@ -107,7 +107,7 @@ const drawBoxes = () => {
     }
     return g;
   }));
-  if (focused !== null && focused !== undefined) { const again = svg.querySelector('g[data-i="' + focused + '"]'); if (again) again.focus(); }
+  if (focused !== null && focused !== undefined) { const again = svg.querySelector('g[data-i="' + focused + '"]'); if (again) again.focus({ preventScroll: true }); }
 };
 
 const locked = () => props.value.state === "making" || props.value.state === "waiting";

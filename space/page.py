@@ -269,7 +269,7 @@ class _Builder:
                         "guidance",
                     )
                     self.visible = gr.Checkbox(
-                        studio.settings.public and not studio.miniature,
+                        studio.marks_visibly,
                         label="Write “AI-generated” on the picture",
                         info="Its file says so in any case",
                         elem_id="visible",

@@ -147,7 +147,7 @@ const render = () => {
   root.replaceChildren(cards,
     h("p", { class: "wa-notice wa-" + tone, role: "status", "aria-live": "polite" }, text || value.hint),
     ...[gallery(value)].filter(Boolean));
-  if (key) { const again = root.querySelector('[data-key="' + key + '"]'); if (again) again.focus(); }
+  if (key) { const again = root.querySelector('[data-key="' + key + '"]'); if (again) again.focus({ preventScroll: true }); }
 };
 
 watch("value", () => { busy = ""; wrong = ""; render(); });

@@ -116,7 +116,7 @@ class Programs:
                 seed=secrets.randbelow(MAX_SEED) if seed is None else seed,
                 boxes=bboxes,
                 consent=consent or all(photo.drawn for photos in people for photo in photos),
-                visible_mark=self.public if visible_mark is None else visible_mark,
+                visible_mark=self.desk.studio.marks_visibly if visible_mark is None else visible_mark,
             )
             permit = Permit(visit.folder)
         except ValueError as error:

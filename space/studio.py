@@ -210,6 +210,12 @@ class Studio:
         """The guidance that the model uses: a second pass, or the one distilled into FLUX.1 [dev]."""
         return "true_cfg_scale" if self.defaults["true_cfg_scale"] > 1 else "guidance_scale"
 
+    @property
+    def marks_visibly(self) -> bool:
+        """Whether pictures say in their corner that they are AI-generated unless somebody says otherwise:
+        where a model that makes photos is open to the public."""
+        return self.settings.public and not self.miniature
+
     @cached_property
     def calibration(self) -> Calibration:
         """What the model's recogniser says of two photos of one person."""

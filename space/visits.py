@@ -25,6 +25,8 @@ from typing import Any
 from withanyone.faces import Face
 from withanyone.readout import Reading
 
+PREFIX = "withanyone-"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -168,8 +170,12 @@ class Visits:
 
     def __init__(self, upload_folder: str | os.PathLike, limits: Limits | None = None):
         self.limits = limits or Limits()
-        self.root = Path(tempfile.mkdtemp(prefix="withanyone-"))
-        self.inbox = Path(upload_folder).resolve() / f"withanyone-{secrets.token_hex(8)}"
+        upload_folder = Path(upload_folder).resolve()
+        for folder in {upload_folder, Path(tempfile.gettempdir()).resolve()}:
+            remove_orphans(folder)
+        mine = f"{PREFIX}{os.getpid()}-"
+        self.root = Path(tempfile.mkdtemp(prefix=mine)).resolve()
+        self.inbox = upload_folder / f"{mine}{secrets.token_hex(8)}"
         self.results = self.inbox / "results"
         self.results.mkdir(parents=True, mode=0o700)
         self._visits: dict[str, Visit] = {}
@@ -278,6 +284,22 @@ class Visits:
             self.end(session)
         self._closed.set()
         self.finish()
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove what processes left behind that were killed: their numbers stand in the folders' names."""
+    if os.name != "posix":  # elsewhere a process cannot be asked for without harm
+        return
+    for left in folder.glob(f"{PREFIX}*"):
+        number = left.name.removeprefix(PREFIX).partition("-")[0]
+        if not number.isdigit():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (PermissionError, OverflowError):  # somebody else's
+            continue
 
 
 def _sweep_on(visits: weakref.ref[Visits], closed: threading.Event) -> None:

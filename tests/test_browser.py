@@ -59,7 +59,7 @@ class Visitor:
     """One visitor's page, and what people do on it."""
 
     def __init__(self, chromium, address: str, **context):
-        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 1000}, **context})
+        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 1500}, **context})
         self.page = self.context.new_page()
         self.page.set_default_timeout(60 * SECOND)
         self.errors: list[str] = []

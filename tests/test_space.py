@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_what_outlives_its_time_is_swept(tmp_path) -> None:
     visits.sweep()
     assert not folder.exists() and not photo.exists() and not result.parent.exists() and forgotten == ["a"]
     visits.close()
+
+
+def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path) -> None:
+    import subprocess
+
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, living, other = (tmp_path / f"withanyone-{name}-x" for name in (dead.pid, os.getpid(), "notes"))
+    for folder in (left, living, other):
+        folder.mkdir()
+    Visits(tmp_path).close()
+    assert [folder.exists() for folder in (left, living, other)] == [False, True, True]
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "", None, 3, "a\0b", ["x"], "../../etc/passwd"])
