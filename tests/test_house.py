@@ -31,7 +31,7 @@ def packages(name: str) -> list[str]:
 
 def requirements(*lists: str) -> list[Requirement]:
     """What these lists of pyproject.toml ask for (Python 3.10 has no TOML reader)."""
-    bodies = re.findall(rf"^(?:{'|'.join(lists)}) = \[(.*?)\]", read("pyproject.toml"), flags=re.S | re.M)
+    bodies = re.findall(rf"^(?:{'|'.join(lists)}) = \[(.*?)\]$", read("pyproject.toml"), flags=re.S | re.M)
     return [Requirement(text) for body in bodies for text in re.findall(r'"([^"]+)"', body)]
 
 
