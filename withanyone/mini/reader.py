@@ -269,12 +269,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_part_arguments(parser, "reader", steps=3000)
     parser.add_argument("--pictures", type=Path, default=RUNS / "pictures", help="picture shards")
     parser.add_argument("--limit", type=int, default=12000, help="training pictures")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=list(SIZES),
+        default=list(SIZES),
+        help="readers to train; all are measured",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     start_part(args)
     drawn = labelled_squares(args.pictures, "train", args.limit, args.seed)
-    for kind, (squares, labels) in drawn.items():
+    for kind in args.kinds:
+        squares, labels = drawn[kind]
         reader = train_reader(kind, squares, labels, args.out / kind, steps=args.steps, seed=args.seed)
         reader.save(JUDGES / f"{kind}.safetensors")
     held_out = labelled_squares(args.pictures, "validation", 2000, args.seed + 1)
