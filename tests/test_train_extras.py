@@ -289,3 +289,25 @@ def test_streamed_training_goes_on_as_if_it_had_not_stopped(world, tmp_path, mon
     _trainer(world, tmp_path / "parts", **settings).train()
     assert _log(tmp_path / "parts") == _log(tmp_path / "whole")
     assert Path(tmp_path / "parts" / "adapter" / "config.json").exists()
+
+
+def test_too_many_damaged_records_on_the_way_stop_the_run(world, tmp_path):
+    trainer = _trainer(world, tmp_path, max_bad_share=0.1)
+    trainer._count_reads(SimpleNamespace(positions=[0] * 180, bad=["bad_image"] * 19))  # 199 reads: too few
+    trainer._count_reads(SimpleNamespace(positions=[0] * 100, bad=["reference_dropped"] * 50))
+    with pytest.raises(ValueError, match=r"`shards`: 40 of 370 .*max_bad_share.*'bad_image': 40"):
+        trainer._count_reads(SimpleNamespace(positions=[], bad=["bad_image"] * 21))
+
+
+def test_preparing_a_streamed_run_reads_no_records(world, tmp_path, capsys):
+    import yaml
+
+    from train.__main__ import main
+
+    settings = tw.settings(world[0], tmp_path / "out", streaming=True, cache_dir=str(tmp_path / "c"))
+    (tmp_path / "phase.yaml").write_text(yaml.safe_dump(settings))
+    main(["prepare", "--config", str(tmp_path / "phase.yaml")])
+    assert "bank: 24 photos of 6 people" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["bank"]
+    main(["prepare", "--config", str(tmp_path / "phase.yaml"), "streaming=false"])
+    assert "rec: 24 records" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from PIL import Image
 
 from .catalogue import SUBSETS, build_catalogue
 from .config import TrainConfig, settings_table
-from .data import open_data
+from .data import open_bank_of, open_data
 from .pack import PackReader
 from .references import REFERENCE_TARS, build_bank, cache_features
 from .shards import REASONS, list_shards
@@ -31,7 +31,10 @@ def prepare(configs: list[TrainConfig]) -> str:
     lines = []
     for config in configs:
         pack = open_pack(config.pretrained)
-        catalogues, bank = open_data(config, pack.analyzer if pack else None)
+        if config.streaming:  # no pass over the records
+            catalogues, bank = {}, open_bank_of(config, pack if config.complete_records else None)
+        else:
+            catalogues, bank = open_data(config, pack.analyzer if pack else None)
         for name, catalogue in catalogues.items():
             bad = catalogue.bad or "none"
             lines.append(f"{name}: {len(catalogue)} records, {len(catalogue.kps)} faces, left out {bad}")

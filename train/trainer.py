@@ -15,11 +15,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor, nn
@@ -114,7 +115,11 @@ class Trainer:
             log_with=config.report_to or None,
             project_dir=str(self.output_dir),
             # a batch whose scales are all on one branch leaves the other's parameters without a gradient
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.branches == "both")],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=config.branches == "both"),
+                # one process builds the catalogue or validates, the others wait
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            ],
         )
         self.device = self.accelerator.device
         self.pipeline = load_pipeline(config) if pipeline is None else pipeline
