@@ -1,6 +1,7 @@
 """The data loader beside a straightforward one, and its memory over many samples.
 
     python -m benchmarks.loader --json benchmarks/loader.json
+    python -m benchmarks.loader --photo-sides --memory 100000 --json benchmarks/loader_memory.json
 
 Both get the same pictures: group photos of two people, and people with many reference photos. The
 straightforward loader does what the released one does: the photos lie unpacked, a folder a person; for each
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tarfile
 import tempfile
 import time
@@ -202,20 +204,20 @@ def rates(args: argparse.Namespace, photo_side: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--people", type=int, default=24)
+    parser.add_argument("--people", type=int, default=12)
     parser.add_argument(
         "--photos", type=int, default=40, help="a person; MultiID-2M has about 40 at the mean"
     )
-    parser.add_argument("--records", type=int, default=64)
+    parser.add_argument("--records", type=int, default=48)
     parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--photo-sides", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--photo-sides", type=int, nargs="*", default=[512, 1024])
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--others", type=int, default=4, help="samples of the straightforward loader")
-    parser.add_argument("--memory", type=int, default=100_000, help="samples streamed; 0: not")
+    parser.add_argument("--memory", type=int, default=0, help="samples streamed; 0: not")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     result = {
-        "command": "python -m benchmarks.loader --json benchmarks/loader.json",
+        "command": f"python -m benchmarks.loader {' '.join(sys.argv[1:])}",
         "people": args.people, "photos_a_person": args.photos, "picture": args.side,
         "by_reference_photo": [rates(args, side) for side in args.photo_sides],
     }  # fmt: skip

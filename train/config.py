@@ -139,7 +139,7 @@ class TrainConfig:
     num_negatives: int = setting(
         4096, "drawn from the reference bank a step (released code: 4,033 a face); 0: in-batch ones only"
     )
-    in_batch_negatives: bool = setting(False, "the batch's other people as negatives too")
+    in_batch_negatives: bool = setting(False, "other people of this process's batch as negatives too")
 
     sigma_sampling: Literal["uniform", "logit_normal"] = setting(
         "uniform", "distribution of the noise level", "Noise"
