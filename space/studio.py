@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -168,6 +169,8 @@ class Studio:
         self._pipe = pipe
         self._filter = content_filter
         self._loading = threading.Lock()
+        # The same threads again and again: each new one would take memory of its own.
+        self._hands = ThreadPoolExecutor(self.line.width, thread_name_prefix="picture")
         self._draw = self._on_zero_gpu() if self.settings.zero_gpu else self._denoise
 
     # -- the model -------------------------------------------------------------------------------------------
@@ -338,8 +341,7 @@ class Studio:
             finally:
                 inner.put(None)
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
+        job, ended = self._hands.submit(work), False
         try:
             while (update := inner.get()) is not None:
                 if isinstance(update, torch.OutOfMemoryError):
@@ -349,10 +351,12 @@ class Studio:
                 if isinstance(update, BaseException):
                     raise update
                 yield update
+            ended = True
         finally:
-            if thread.is_alive():  # nobody reads on
+            if not ended:  # nobody reads on
                 permit.revoke()
-                thread.join()
+            if (error := job.exception()) is not None:  # waits until the work has ended
+                logger.error("A picture could not be made.", exc_info=error)
 
     def _picture(
         self,

@@ -288,7 +288,8 @@ def test_a_whole_visit(visitor, page, photos, tmp_path) -> None:
     visitor.page.locator("#new-seed input").uncheck()
 
     # 9. After a reload the page is new, and nothing of before is left on the server.
-    before = set(page.visits.root.iterdir())
+    before = {file.parent for file in page.visits.root.rglob("*.png")}
+    assert before
     visitor.page.reload()
     visitor.page.wait_for_selector(".wa-frame")
     visitor.people(0)
@@ -357,7 +358,10 @@ def test_bad_wishes_are_answered_in_words_and_the_page_goes_on(visitor) -> None:
         field.fill(text)
         field.press("Tab")
         visitor.page.wait_for_function(f"/{words_}/.test(document.querySelector('.wa-status').textContent)")
-        assert re.search(words_, "".join(visitor.make(until="failed")))
+    field.fill("")
+    field.press("Tab")
+    visitor.page.wait_for_function("document.querySelector('.wa-status').textContent === ''")
+    visitor.make(until="done")
     name = visitor.page.locator(".wa-name").first
     name.fill("<b onclick=1>x")
     name.press("Enter")
@@ -416,7 +420,7 @@ def test_on_a_phone_by_touch_and_keyboard(chromium, page) -> None:
             .filter((e) => e.getBoundingClientRect().right > 375 && !e.closest(".wa-gallery, .wa-shelf"))
             .map((e) => e.tagName + "." + e.className + "#" + e.id)"""
     )
-    assert too_wide == []
+    assert too_wide == [], too_wide
     before = phone.boxes()
     box = phone.page.locator(".wa-box").first
     box.focus()

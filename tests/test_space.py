@@ -282,7 +282,6 @@ def test_what_the_pipeline_refuses_is_told(pipe, visits) -> None:
 def test_an_error_of_ours_ends_the_job_in_words(pipe, visits, monkeypatch) -> None:
     made_by = Studio(pipe)
     monkeypatch.setattr(made_by, "_picture", lambda *args: 1 / 0)
-    monkeypatch.setattr(threading, "excepthook", lambda args: None)
     *_, last = made_by.make([order()], visits.get("a").permit())
     assert isinstance(last, Failed) and "try again" in str(last.error)
 
