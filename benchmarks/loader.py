@@ -33,7 +33,7 @@ from train.entries import Place, lane_entries
 from train.examples import ExampleMaker, collate
 from train.references import draw_negatives, open_bank
 from train.shards import BadRecord, ShardReader, parse_record
-from train.writing import record_members, write_tar
+from train.writing import array_bytes, jpeg_bytes, record_members, write_tar
 
 RELEASED_NEGATIVES = 4033
 
@@ -53,15 +53,22 @@ def make_data(folder: Path, *, people: int, photos: int, records: int, side: int
         return centers[person] + 0.5 * rng.standard_normal(512).astype(np.float32)
 
     references: dict[str, bytes] = {}
+    pictures = [
+        jpeg_bytes(photo(rng, photo_side)) for _ in range(photos)
+    ]  # the same for all: a decode is one
+    box = {"bboxes": [[photo_side // 4, photo_side // 4, photo_side // 4 * 3, photo_side // 4 * 3]]}
     for person in range(people):
         unpacked = folder / "unpacked" / f"{person:05d}"
         unpacked.mkdir(parents=True)
-        for k in range(photos):
-            info = {"bboxes": [[photo_side // 4, photo_side // 4, photo_side // 4 * 3, photo_side // 4 * 3]]}
-            made = record_members(f"{person:05d}/{k}", photo(rng, photo_side), info, embedding(person)[None])
-            references.update(made)
-            (unpacked / f"{k}.jpg").write_bytes(made[f"{person:05d}/{k}.jpg"])
-            (unpacked / f"{k}.npy").write_bytes(made[f"{person:05d}/{k}.npy"])
+        for k, picture in enumerate(pictures):
+            parts = {
+                "jpg": picture,
+                "json": json.dumps(box).encode(),
+                "npy": array_bytes(embedding(person)[None]),
+            }
+            for suffix, data in parts.items():
+                references[f"{person:05d}/{k}.{suffix}"] = data
+                (unpacked / f"{k}.{suffix}").write_bytes(data)
     write_tar(folder / "s" / "ref" / "tars" / "0.tar", references.items())
     members: dict[str, bytes] = {}
     for number in range(records):
@@ -204,7 +211,7 @@ def rates(args: argparse.Namespace, photo_side: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--people", type=int, default=12)
+    parser.add_argument("--people", type=int, default=60)
     parser.add_argument(
         "--photos", type=int, default=40, help="a person; MultiID-2M has about 40 at the mean"
     )

@@ -230,11 +230,43 @@ def test_landmarks_of_the_estimate_are_used_only_where_found(world, tmp_path):
 def test_negatives_are_nobody_of_the_batch(world, tmp_path):
     trainer = _trainer(world, tmp_path, paired_ratio=1.0, num_negatives=200)
     batch = _first_batch(trainer)
-    rows = trainer.train_step.negatives(batch, 0).cpu().numpy()
+    rows = trainer.train_step.negatives(batch, 0)[0].cpu().numpy()
     people = np.array([[tw.embedding(i, 1000 + k) for k in range(4)] for i in range(6)])  # (6, 4, 512)
     drawn = {int(np.argwhere((people == row).all(-1))[0, 0]) for row in rows}
     present = set(batch.identities[batch.identities >= 0].tolist())
     assert drawn == set(range(6)) - present
+
+
+def test_a_bank_without_anybody_else_gives_each_face_the_others(world, tmp_path):
+    """A small data set: everybody is in the batch, and no face is its own negative."""
+    trainer = _trainer(world, tmp_path, paired_ratio=1.0, num_negatives=300)
+    batch = _first_batch(trainer)
+    batch.identities = torch.tensor([[0, 1], [2, 3], [4, 5], [-1, -1]])
+    batch.face_mask = batch.identities >= 0
+    negatives, owners = trainer.train_step.negatives(batch, 0)
+    assert set(owners.tolist()) == set(range(6))
+    people = np.stack([[tw.embedding(i, 1000 + k) for k in range(4)] for i in range(6)])  # (6, 4, 512)
+    for row, owner in zip(negatives.numpy(), owners.tolist(), strict=True):
+        assert (people[owner] == row).all(-1).any()
+    seen = []
+    loss = step_module.id_contrastive_loss
+
+    def spy(g, r, n, tau, allowed):
+        seen.append(allowed)
+        return loss(g, r, n, tau, allowed)
+
+    batch = _first_batch(trainer)
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.train_step, "negatives", lambda *a: (negatives, owners))
+        patch.setattr(step_module, "id_contrastive_loss", spy)
+        trainer.train_step(batch)
+    (allowed,) = seen
+    sample, face = trainer.train_step.pick_faces(
+        batch, sigmas_of(trainer.config, batch.uniform, trainer.frozen.mu(64, 64))
+    )
+    assert torch.equal(allowed, owners[None] != batch.identities[sample, face][:, None])
+    assert not allowed.all()
 
 
 def test_in_batch_negatives_are_other_people_only(world, tmp_path):

@@ -140,7 +140,9 @@ class TrainStep:
         """L_ID and L_CL, means over the faces looked at on all processes (0 where there is none)."""
         config = self.config
         sample, face = self.pick_faces(batch, sigma)  # (K,) each
-        negatives = self.negatives(batch, batch_number) if config.contrastive_loss_weight > 0 else None
+        negatives, owners = None, None
+        if config.contrastive_loss_weight > 0:
+            negatives, owners = self.negatives(batch, batch_number)
         count = torch.tensor([len(sample)], device=self.device, dtype=torch.float32)
         zero = denoised.sum() * 0
         identity = contrastive = zero
@@ -168,11 +170,11 @@ class TrainStep:
                 positive = target
                 if config.contrastive_positive == "reference":
                     positive = batch.embeddings[sample, face].to(self.device)
-                allowed = None
+                people, allowed = batch.identities[sample, face], None
+                if owners is not None:
+                    allowed = (owners[None] != people[:, None]).to(self.device)  # (K, M)
                 if config.in_batch_negatives:
-                    negatives, allowed = self.with_batch(
-                        negatives, target, batch.identities[sample, face], sample
-                    )
+                    negatives, allowed = self.with_batch(negatives, target, people, sample, allowed)
                 contrastive = id_contrastive_loss(
                     generated, positive, negatives, config.contrastive_temperature, allowed
                 ).sum()
@@ -213,19 +215,35 @@ class TrainStep:
         self.faces["not_found_on_estimate"] += int((~keep).sum())
         return sample[keep], face[keep], row[keep], kps[keep]
 
-    def negatives(self, batch: Batch, batch_number: int) -> Tensor:
-        """(M, 512) embeddings of people who are nowhere in the global batch; the same on every process."""
+    def negatives(self, batch: Batch, batch_number: int) -> tuple[Tensor, Tensor | None]:
+        """(M, 512) embeddings of people who are nowhere in the global batch; the same on every process.
+
+        Where a small bank has nobody else, they are anybody's, and whose (M,) is given, so that each face can
+        leave itself out.
+        """
         identities = torch.full((len(batch.face_mask), self.config.max_faces), -1, dtype=torch.int64)
         identities[:, : batch.identities.shape[1]] = batch.identities
         identities = self.accelerator.gather(identities.to(self.device)).cpu().numpy()
         rng = np.random.default_rng([self.config.seed, 2, batch_number])
-        rows = draw_negatives(self.bank, identities, self.config.num_negatives, rng)
-        return torch.from_numpy(np.asarray(self.bank.embeddings[rows], np.float32)).to(self.device)
+        present = np.unique(identities[identities >= 0])
+        everybody = len(present) == len(self.bank.names)
+        rows = draw_negatives(self.bank, [] if everybody else present, self.config.num_negatives, rng)
+        drawn = torch.from_numpy(np.asarray(self.bank.embeddings[rows], np.float32)).to(self.device)
+        if not everybody:
+            return drawn, None
+        return drawn, torch.from_numpy(np.searchsorted(self.bank.start, rows, side="right") - 1)
 
     def with_batch(
-        self, negatives: Tensor, target: Tensor, identities: Tensor, sample: Tensor
+        self,
+        negatives: Tensor,
+        target: Tensor,
+        identities: Tensor,
+        sample: Tensor,
+        allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The batch's other people as further negatives: (M + K, 512), and who is somebody else (K, M + K).
+
+        `allowed` (K, M): the same of the first ones; None: all are.
 
         An unidentified face counts as somebody else only within one picture.
         """
@@ -236,5 +254,6 @@ class TrainStep:
             len(sample), dtype=torch.bool, device=self.device
         )
         other = other | (together & ~(known & (identities[:, None] == identities[None])))
-        bank = torch.ones(len(target), len(negatives), dtype=torch.bool, device=self.device)
-        return torch.cat([negatives, target]), torch.cat([bank, other], dim=1)
+        if allowed is None:
+            allowed = torch.ones(len(target), len(negatives), dtype=torch.bool, device=self.device)
+        return torch.cat([negatives, target]), torch.cat([allowed, other], dim=1)
