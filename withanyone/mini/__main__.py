@@ -29,6 +29,7 @@ MODULES = {
     "faces-figures": "facepack",
     "reader": "reader",
     "evaluate": "evaluate",
+    "defaults": "evaluate",
     "sliders": "evaluate",
     "people": "evaluate",
     "assemble": "build",

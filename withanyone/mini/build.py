@@ -35,7 +35,8 @@ SAMPLING_DEFAULTS = {
     "width": 128,
     "num_inference_steps": 25,
     "guidance_scale": 1.0,
-    "true_cfg_scale": 3.0,
+    "true_cfg_scale": 2.0,
+    "faces_in_negative": False,
     "id_scale": 0.0,
     "siglip_scale": 1.0,
 }
@@ -161,9 +162,10 @@ def _add_assemble(parser: argparse.ArgumentParser) -> None:
 
 def _run_assemble(args: argparse.Namespace) -> None:
     if args.adapter is not None:
-        FaceAdapter.from_pretrained(args.adapter).to(torch.bfloat16).save_pretrained(
-            args.pretrained / "face_adapter"
-        )
+        trained = FaceAdapter.from_pretrained(args.adapter)
+        adapter = FaceAdapter(**{name: trained.config[name] for name in trained.config if name[0] != "_"})
+        adapter.load_state_dict(trained.state_dict())  # a new one, that does not remember where it came from
+        adapter.to(torch.bfloat16).save_pretrained(args.pretrained / "face_adapter")
     assemble(args.pretrained)
     size = sum(path.stat().st_size for path in args.pretrained.rglob("*") if path.is_file())
     logger.info("%s: %.1f MB", args.pretrained, size / 1e6)

@@ -37,6 +37,8 @@ COPIED = ("hair_style", "glasses", "expression")  # what an output can take over
 READ_BACK = ("hat", "glasses", "hair_style", "expression", "scene", "light")
 BASE = "base"  # folder of the pictures that know of no faces
 GALLERY = 200  # people among whom the right one is to be nearest
+#: true_cfg_scale, faces_in_negative: what `defaults` compares.
+GUIDANCE = ((1.5, True), (3.0, True), (1.5, False), (2.0, False), (3.0, False))
 SLIDERS = {  # name -> similarity, diversity
     "similarity 0": (0.0, 0.0),
     "similarity 0.5": (0.5, 0.0),
@@ -558,6 +560,31 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     _write(result, args.out)
 
 
+def _run_defaults(args: argparse.Namespace) -> None:
+    """Scores what a call's None may mean, on validation people: whom defaults are chosen on."""
+    if args.split != "validation":
+        raise ValueError(f"`split` is {args.split!r}: nothing is chosen on test people, give validation.")
+    cases, folder = _prepare(args)
+    variants = {
+        f"true_cfg_scale {scale:g}, faces in {'both passes' if both else 'the told pass alone'}": {
+            "true_cfg_scale": scale,
+            "faces_in_negative": both,
+        }
+        for scale, both in GUIDANCE
+    }
+    folders = make_pictures(args.model, cases, args.work / f"pictures-{folder.name}", variants, args.workers)
+    result: dict = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
+    for name, figures in score(args.model, cases, folders, args.workers).items():
+        likeness = figures["judge"] or figures["coach"]
+        result[name] = {
+            "found": figures["found"],
+            "sim_gt": likeness["sim_gt"],
+            "right_of_200": likeness["right_of_200"],
+            "prompt": figures["prompt"]["all"],
+        }
+    _write(result, args.out)
+
+
 def _add_sliders(parser: argparse.ArgumentParser) -> None:
     _add_evaluate(parser)
     parser.add_argument("--plot", type=Path, default=Path("figures/sliders.png"))
@@ -590,6 +617,7 @@ def _run_sheet(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     "evaluate": (_add_evaluate, _run_evaluate),
+    "defaults": (_add_evaluate, _run_defaults),
     "sliders": (_add_sliders, _run_sliders),
     "people": (_add_sheet, _run_sheet),
 }
