@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mcp import ClientSession
-from mcp.client.streamable_http import streamablehttp_client
+from mcp.client.streamable_http import streamable_http_client
 
 
 def data_url(photo: str) -> str:
@@ -26,7 +26,7 @@ def data_url(photo: str) -> str:
 
 async def ask(page: str, photos: Sequence[str], out: str, **given) -> None:
     address = f"{page.rstrip('/')}/gradio_api/mcp/"
-    async with streamablehttp_client(address) as (read, write, _), ClientSession(read, write) as session:
+    async with streamable_http_client(address) as (read, write, _), ClientSession(read, write) as session:
         await session.initialize()
         tools = (await session.list_tools()).tools
         print("tools:", ", ".join(tool.name for tool in tools))

@@ -344,6 +344,7 @@ class Studio:
         job, ended = self._hands.submit(work), False
         try:
             while (update := inner.get()) is not None:
+                ended = isinstance(update, BaseException)
                 if isinstance(update, torch.OutOfMemoryError):
                     raise ValueError(
                         "The machine's memory is full: try a smaller shape or fewer people."

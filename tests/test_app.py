@@ -104,10 +104,10 @@ def test_the_page_and_the_command_line_make_the_same_picture(
 
 async def ask_mcp(address: str, tool: str | None, given: dict | None = None):
     from mcp import ClientSession
-    from mcp.client.streamable_http import streamablehttp_client
+    from mcp.client.streamable_http import streamable_http_client
 
     url = f"{address.rstrip('/')}/gradio_api/mcp/"
-    async with streamablehttp_client(url) as (read, write, _), ClientSession(read, write) as session:
+    async with streamable_http_client(url) as (read, write, _), ClientSession(read, write) as session:
         await session.initialize()
         return await (session.call_tool(tool, given) if tool else session.list_tools())
 
