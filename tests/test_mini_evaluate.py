@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from withanyone.mini import evaluate, records
+from withanyone.mini.__main__ import main as mini_main
 
 ASKED = {
     "hat": "cap",
@@ -126,3 +127,10 @@ def test_settings_of_the_same_pictures_share_them() -> None:
     assert name(model, {"id_scale": 0.0, "siglip_scale": 0.0}) == name(model, None)
     others = [{}, {"id_scale": 0.3}, {"siglip_scale": 0.3}, {"true_cfg_scale": 1.5}, None]
     assert len({name(model, settings) for settings in others}) == len(others)
+
+
+def test_nothing_is_chosen_on_test_people(tmp_path: Path) -> None:
+    args = ["defaults", "--split", "test", "--count", "1", "--work", str(tmp_path)]
+    with pytest.raises(ValueError, match="validation"):
+        mini_main(args)
+    assert not list(tmp_path.iterdir())
