@@ -29,20 +29,32 @@ def table(part: str, content: Mapping[str, Any]) -> str:
     if "command" in content:
         lines += [f"`{content['command']}`", ""]
     lines += ["| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in numbers(content)]
+    lines += [f"| {name} | {value} |" for name, value in figures_of(content)]
     return "\n".join(lines) + "\n"
 
 
-def numbers(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(name, number) of all numbers inside, nested names joined by ": "; lists count from 0."""
+def figures_of(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of all numbers inside, nested names joined by ": ".
+
+    A mean with its interval is one figure, and so is a list of two (an interval); other lists count from 0.
+    """
     for key, value in content.items():
         name = f"{prefix}{str(key).replace('_', ' ').replace('|', '/')}"
+        if (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(isinstance(end, (int, float)) for end in value)
+        ):
+            yield name, f"[{value[0]:.4g}, {value[1]:.4g}]"
+            continue
         if isinstance(value, list):
             value = dict(enumerate(value))
-        if isinstance(value, Mapping):
-            yield from numbers(value, f"{name}: ")
+        if isinstance(value, Mapping) and {"mean", "low", "high"} <= value.keys():
+            yield name, f"{value['mean']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+        elif isinstance(value, Mapping):
+            yield from figures_of(value, f"{name}: ")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield name, value
+            yield name, f"{value:.4g}"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
