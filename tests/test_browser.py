@@ -55,6 +55,21 @@ def chromium():
         browser.close()
 
 
+#: Keeps every state of the easel from now on, with what the page said in it.
+WATCH = """() => {
+  window.seen = [];
+  document.querySelector('.wa-easel').dataset.state = '';  // what was is no news
+  if (window.watching) window.watching.disconnect();
+  window.watching = new MutationObserver(() => {
+    const easel = document.querySelector('.wa-easel'), said = document.querySelector('.wa-status');
+    if (easel && easel.dataset.state) window.seen.push([easel.dataset.state, said ? said.innerText : '']);
+  });
+  window.watching.observe(document.body, {
+    subtree: true, childList: true, characterData: true, attributes: true, attributeFilter: ['data-state'],
+  });
+}"""
+
+
 class Visitor:
     """One visitor's page, and what people do on it."""
 
@@ -109,18 +124,17 @@ class Visitor:
 
     def make(self, button: str = "make", until: str = "done|failed") -> set[str]:
         """Press the button, wait for the end, and return everything that was said on the way."""
-        said, started = set(), False
-        self.page.evaluate("document.querySelector('.wa-easel').dataset.state = ''")  # what was is no news
+        # The page itself keeps what it goes through: on a busy machine, a look now and then misses states.
+        self.page.evaluate(WATCH)
         self.page.locator(f"#{button}").click()
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            state = self.state()
-            said.add(self.status())
-            started = started or state in ("waiting", "making", "failed")
-            if started and re.fullmatch(until, state):
-                return said
+            seen = self.page.evaluate("window.seen")
+            started = any(state in ("waiting", "making", "failed") for state, _ in seen)
+            if started and re.fullmatch(until, seen[-1][0]):
+                return {said for _, said in seen} | {self.status()}
             time.sleep(0.03)
-        raise AssertionError(f"still {self.state()}: {sorted(said)}")
+        raise AssertionError(f"still {self.state()}: {seen}")
 
     def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """With the mouse, in pixels of the picture."""
