@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in argv if word in MODULES), None)
     for name, module in MODULES.items():
-        subparser = subparsers.add_parser(name)
+        subparser = subparsers.add_parser(name, help=f"of withanyone/mini/{module}.py")
         if name == chosen:
             add_arguments, run = importlib.import_module(f"withanyone.mini.{module}").COMMANDS[name]
             add_arguments(subparser)

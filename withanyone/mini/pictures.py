@@ -29,9 +29,8 @@ logger = logging.getLogger(__name__)
 SHARD_SIZE = 500
 CAPTIONS_PER_PICTURE = 2
 MAX_PEOPLE = 4
-#: Share of pictures whose faces stand where the pipeline's default boxes are, give or take, and not where
-#: the world
-#: would put them.
+#: Share of pictures whose faces stand where the pipeline's default boxes are, give or take, and not where the
+#: world would put them.
 BOXED_SHARE = 0.3
 
 

@@ -71,7 +71,7 @@ def build_tokenizer(max_length: int = MAX_TEXT_TOKENS) -> PreTrainedTokenizerFas
     silent = "|".join(SILENT_WORDS)
     other_forms = [
         normalizers.Replace(Regex(rf"(?<![\p{{L}}\p{{N}}-]){form}(?![\p{{L}}\p{{N}}-])"), word)
-        for form, word in sorted(words._SPELLINGS.items())
+        for form, word in sorted(words.SPELLINGS.items())
         if form not in words.VOCABULARY
     ]
     tokenizer.normalizer = normalizers.Sequence(

@@ -130,7 +130,7 @@ VOCABULARY: tuple[str, ...] = tuple(
     sorted({word for phrase in _phrases() for word in _WORDS.findall(phrase.replace("{color}", " "))})
 )
 _KNOWN = frozenset(VOCABULARY)
-_SPELLINGS = {
+SPELLINGS = {
     "tshirt": "t-shirt",
     "tee": "t-shirt",
     "café": "cafe",
@@ -165,7 +165,7 @@ _SPELLINGS = {
 def known_form(word: str) -> str | None:
     """The vocabulary's form of a word (case, plural, common spellings), or None for an unknown word."""
     word = word.lower().replace("’", "'")
-    candidates = [word, _SPELLINGS.get(word, ""), word.removesuffix("'s"), word.removesuffix("s")]
+    candidates = [word, SPELLINGS.get(word, ""), word.removesuffix("'s"), word.removesuffix("s")]
     candidates += [word.removesuffix("es"), word + "s"]
     return next((form for form in candidates if form in _KNOWN), None)
 
