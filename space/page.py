@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -372,8 +372,8 @@ class _Builder:
         )
         asked = [*settings, self.new_seed, self.count, self.boxes, self.consent, self.visible]
         made = [self.easel, self.shelf, self.readout, self.seed, *ways]
-        self.make.click(self.on_make, asked, made, trigger_mode="once", **PRIVATE)
-        self.sweep.click(self.on_sweep, asked, made, trigger_mode="once", **PRIVATE)
+        self.make.click(self.making(sweep=False), asked, made, trigger_mode="once", **PRIVATE)
+        self.sweep.click(self.making(sweep=True), asked, made, trigger_mode="once", **PRIVATE)
         self.cancel.click(self.on_cancel, None, [self.cancel], queue=False, **PRIVATE)
         one = [self.shape, self.boxes]
         self.shelf.show(self.on_show, one, [self.easel, self.shelf, self.readout], **PRIVATE)
@@ -493,69 +493,41 @@ class _Builder:
 
     # -- making ----------------------------------------------------------------------------------------------
 
-    def on_make(
-        self,
-        prompt: str,
-        similarity: float,
-        diversity: float,
-        shape: str,
-        steps: int,
-        guidance: float,
-        seed: int,
-        new_seed: bool,
-        count: int,
-        boxes: str,
-        consent: bool,
-        visible: bool,
-        request: gr.Request,
-    ) -> Iterator[list]:
-        asked = Asked(
-            prompt,
-            similarity,
-            diversity,
-            shape,
-            steps,
-            guidance,
-            seed,
-            new_seed,
-            count,
-            boxes,
-            consent,
-            visible,
-        )
-        yield from self.run(asked, request, sweep=False)
+    def making(self, sweep: bool) -> Callable[..., Iterator[list]]:
+        """What a button does with the page's fields, given one by one: a picture, or the sweep."""
 
-    def on_sweep(
-        self,
-        prompt: str,
-        similarity: float,
-        diversity: float,
-        shape: str,
-        steps: int,
-        guidance: float,
-        seed: int,
-        new_seed: bool,
-        count: int,
-        boxes: str,
-        consent: bool,
-        visible: bool,
-        request: gr.Request,
-    ) -> Iterator[list]:
-        asked = Asked(
-            prompt,
-            similarity,
-            diversity,
-            shape,
-            steps,
-            guidance,
-            seed,
-            new_seed,
-            count,
-            boxes,
-            consent,
-            visible,
-        )
-        yield from self.run(asked, request, sweep=True)
+        def on_make(
+            prompt: str,
+            similarity: float,
+            diversity: float,
+            shape: str,
+            steps: int,
+            guidance: float,
+            seed: int,
+            new_seed: bool,
+            count: int,
+            boxes: str,
+            consent: bool,
+            visible: bool,
+            request: gr.Request,
+        ) -> Iterator[list]:
+            asked = Asked(
+                prompt,
+                similarity,
+                diversity,
+                shape,
+                steps,
+                guidance,
+                seed,
+                new_seed,
+                count,
+                boxes,
+                consent,
+                visible,
+            )
+            yield from self.run(asked, request, sweep)
+
+        return on_make
 
     def orders(self, visit: Visit, asked: Asked, sweep: bool) -> list[Order]:
         """The pictures that are asked for: some seeds, or one seed at several positions of the sliders."""
