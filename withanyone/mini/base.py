@@ -417,22 +417,13 @@ class Trainer:
         sigma = training_sigmas(batch_size, bucket, generator)
         noisy_latents = flow.noisy_latents(latents, noise, sigma)
         # 3. The velocity and its error.
-        image_ids, text_ids = position_ids(bucket, text_length)
-        with torch.autocast("cpu", torch.bfloat16):
-            faces = (
-                None if given is None else given.encode(self.adapter, bucket, draw_scales(batch_size, rng))
-            )
-            velocity = self.model(
-                hidden_states=noisy_latents,
-                encoder_hidden_states=states,
-                pooled_projections=pooled,
-                timestep=sigma,
-                img_ids=image_ids,
-                txt_ids=text_ids,
-                joint_attention_kwargs=face_kwargs(faces),
-                return_dict=False,
-            )[0]
-        loss = (velocity.float() - flow.velocity(latents, noise)).pow(2).mean()
+        faces = None
+        if given is not None:
+            with torch.autocast("cpu", torch.bfloat16):
+                faces = given.encode(self.adapter, bucket, draw_scales(batch_size, rng))
+        position = position_ids(bucket, text_length)
+        velocity = velocity_of(self.model, noisy_latents, sigma, (states, pooled), position, faces)
+        loss = (velocity - flow.velocity(latents, noise)).pow(2).mean()
         # 4. The step.
         parameters = [p for group in self.optimizers.param_groups for p in group["params"]]
         for parameter in parameters:
@@ -462,6 +453,29 @@ class Trainer:
 def face_kwargs(faces: FaceConditioning | None) -> dict[str, FaceConditioning] | None:
     """`joint_attention_kwargs` of a call of the transformer."""
     return None if faces is None else {CONDITIONING_KEY: faces}
+
+
+def velocity_of(
+    model: FluxTransformer2DModel,
+    noisy_latents: Tensor,
+    sigma: Tensor,
+    text: tuple[Tensor, Tensor],
+    position: tuple[Tensor, Tensor],
+    faces: FaceConditioning | None,
+) -> Tensor:
+    """Velocity (B, T, 96) at `sigma` (B,). `text`: states and pooled; `position`: of `position_ids`."""
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(
+            hidden_states=noisy_latents,
+            encoder_hidden_states=text[0],
+            pooled_projections=text[1],
+            timestep=sigma,
+            img_ids=position[0],
+            txt_ids=position[1],
+            joint_attention_kwargs=face_kwargs(faces),
+            return_dict=False,
+        )[0]
+    return velocity.float()
 
 
 def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float], first: int,
@@ -516,32 +530,18 @@ def held_out_errors(
         size = max(8, count * 64 // bucket.num_tokens)
         latents, token_ids, given = data.draw(bucket, size, np.random.default_rng(0), adapter is not None)
         states, pooled = data.models.encode(token_ids, text.MAX_TEXT_TOKENS)
-        image_ids, text_ids = position_ids(bucket, text.MAX_TEXT_TOKENS)
+        position = position_ids(bucket, text.MAX_TEXT_TOKENS)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         faces = None if given is None else given.encode(adapter, bucket)
         result[name] = {}
         for sigma in SIGMAS:
             noisy_latents = flow.noisy_latents(latents, noise, sigma)
-            velocity = _velocity(model, noisy_latents, sigma, (states, pooled), image_ids, text_ids, faces)
+            level = torch.full((size,), sigma)
+            velocity = velocity_of(model, noisy_latents, level, (states, pooled), position, faces)
             error = (velocity - flow.velocity(latents, noise)).pow(2).mean()
             result[name][f"sigma {sigma}"] = round(float(error), 4)
     model.train()
     return result
-
-
-def _velocity(model, latents, sigma, text, image_ids, text_ids, faces) -> Tensor:
-    """The model's velocity (B, T, 96) for one noise level; `text`: states and pooled."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(
-            hidden_states=latents,
-            encoder_hidden_states=text[0],
-            pooled_projections=text[1],
-            timestep=torch.full((len(latents),), sigma),
-            img_ids=image_ids,
-            txt_ids=text_ids,
-            joint_attention_kwargs=face_kwargs(faces),
-            return_dict=False,
-        )[0].float()
 
 
 @torch.no_grad()
@@ -565,11 +565,11 @@ def sample(
     shape = (size, vae.config.latent_channels, bucket.height // 8, bucket.width // 8)
     latents = pack(torch.randn(shape, generator=generator))
     states, pooled = models.encode(models.token_ids([*captions, *[""] * size]), text.MAX_TEXT_TOKENS)
-    image_ids, text_ids = position_ids(bucket, text.MAX_TEXT_TOKENS)
+    position = position_ids(bucket, text.MAX_TEXT_TOKENS)
     sigmas = [*flow.schedule_sigmas(steps, scheduler_mu(bucket.num_tokens)).tolist(), 0.0]
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         told, untold = (
-            _velocity(model, latents, sigma, text, image_ids, text_ids, faces)
+            velocity_of(model, latents, torch.full((size,), sigma), text, position, faces)
             for text in zip(states.chunk(2), pooled.chunk(2), strict=True)
         )
         latents = latents + (following - sigma) * (untold + guidance * (told - untold))
