@@ -11,17 +11,16 @@ from withanyone.mini import PRETRAINED, base, given, pictures
 from withanyone.mini.latents import PatchAutoencoder
 from withanyone.mini.pictures import PAIR, PORTRAIT
 
+SHARD_SIZE = 4
+
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for shard in (0, 1):
-        pictures.render_shard(folder, shard, size=4)
+def data(picture_shards, tmp_path_factory):
     vae = PatchAutoencoder.from_pretrained(PRETRAINED / "vae", dtype=torch.float32).eval()
     models = base.TextModels.from_pretrained(PRETRAINED)
     faces = given.FaceModels.from_pretrained(PRETRAINED)
     cache = tmp_path_factory.mktemp("cache")
-    return base.LatentPictures(folder, cache, "train", vae, models, faces)
+    return base.LatentPictures(picture_shards, cache, "train", vae, models, faces)
 
 
 def make_trainer(data):
