@@ -463,14 +463,18 @@ class Preview:
         """A preview, where it is time for one. latents: (1, N, C), as after step `step` (0: the first).
 
         Euler's step is x' = x + (s' - s) v, so v = (x' - x) / (s' - s), and the clean estimate is x' - s' v.
+        The miniature's scheduler draws noise anew, and tells its clean estimate.
         """
         before, self._before = self._before, latents
-        sigmas = self.pipe.scheduler.sigmas
+        scheduler = self.pipe.scheduler
+        sigmas = scheduler.sigmas
         if before is None or step + 1 >= len(sigmas) - 1 or time.monotonic() - self._shown < PREVIEW_SECONDS:
             return None
-        here, there = float(sigmas[step]), float(sigmas[step + 1])
-        velocity = (latents.float() - before.float()) / (there - here)
-        clean = flow.denoised(latents.float(), velocity, there)
+        clean = getattr(scheduler, "clean_estimate", None)
+        if clean is None:
+            here, there = float(sigmas[step]), float(sigmas[step + 1])
+            velocity = (latents.float() - before.float()) / (there - here)
+            clean = flow.denoised(latents.float(), velocity, there)
         image = self.decode(clean.to(latents.dtype))
         self._shown = time.monotonic()
         return image

@@ -59,15 +59,15 @@ def test_scales_see_every_place_of_the_sliders():
     assert ((id_scale > 0) & (siglip_scale > 0)).float().mean() > 0.3
 
 
-def test_both_learn_where_faces_are_given_and_the_base_alone_where_not(data, monkeypatch):
+def test_both_learn_where_faces_are_given_and_the_base_alone_where_not(data):
     trainer = make_trainer(data)
-    monkeypatch.setattr(base, "FACE_SHARE", 1.0)
+    trainer.face_share = 1.0
     trainer.step(0, 1e-3, 0.9)
     gradients = {name: p.grad for name, p in trainer.adapter.named_parameters()}
     assert gradients["ipa_sig.0.to_out.weight"].abs().sum() > 0
     assert gradients["ipa_arc.5.to_out.weight"].abs().sum() > 0
     assert trainer.model.proj_out.weight.grad.abs().sum() > 0
-    monkeypatch.setattr(base, "FACE_SHARE", 0.0)
+    trainer.face_share = 0.0
     trainer.step(1, 1e-3, 0.9)
     assert all(p.grad is None for p in trainer.adapter.parameters())
     assert trainer.model.proj_out.weight.grad.abs().sum() > 0
@@ -95,6 +95,18 @@ def test_exported_adapter_fits_the_exported_base(data, tmp_path):
     base.export(trainer.average, tmp_path, trainer.adapter_average)
     model = base.FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     given.FaceAdapter.from_pretrained(tmp_path / "face_adapter").attach(model)
+
+
+def test_a_warm_restart_takes_up_base_and_adapter(data, tmp_path):
+    trainer = make_trainer(data)
+    for parameter in trainer.adapter_average.parameters():
+        torch.nn.init.normal_(parameter)
+    base.export(trainer.average, tmp_path, trainer.adapter_average)
+    warm = base.Trainer(data, data.models, seed=1, tokens_per_step=128, init_from=tmp_path / "transformer")
+    for ours, theirs in ((trainer.average, warm.model), (trainer.adapter_average, warm.adapter)):
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a.bfloat16().float(), b), name
+    assert all(p.requires_grad for p in warm.adapter.parameters())
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from types import FrameType
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -43,6 +43,7 @@ from .latents import PatchAutoencoder, to_tensor
 from .loop import TrainingLoop, step_rng
 from .parts import RUNS, add_part_arguments, start_part, write_figures
 from .pictures import Bucket
+from .scheduler import SeededFlowMatchScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ SHARES = {
     pictures.WIDE_GROUP: (0.02, 0.04),
 }
 SHARES_SETTLE = 3000
-FACE_SHARE = 0.6  # of batches whose people are given by their faces, where an adapter learns along
+FACE_SHARE = 0.8  # of batches whose people are given by their faces, where an adapter learns along
 
 
 def transformer_config(latent_channels: int = 24) -> dict[str, object]:
@@ -379,9 +380,11 @@ class Trainer:
         tokens_per_step: int,
         init_from: Path | None = None,
         compiled: bool = False,
+        face_share: float = FACE_SHARE,
     ) -> None:
         torch.manual_seed(seed)
         self.data, self.models, self.seed, self.tokens_per_step = data, models, seed, tokens_per_step
+        self.face_share = face_share
         self.model = FluxTransformer2DModel(**transformer_config(data.vae.config.latent_channels))
         if init_from is not None:
             self.model.load_state_dict(FluxTransformer2DModel.from_pretrained(init_from).state_dict())
@@ -391,6 +394,9 @@ class Trainer:
         self.adapter = self.adapter_average = None
         if data.face_models is not None:
             self.adapter = new_adapter(self.model, data.face_models.image_encoder.config.hidden_size).train()
+            if init_from is not None and (init_from.parent / "face_adapter").exists():
+                learnt = FaceAdapter.from_pretrained(init_from.parent / "face_adapter")
+                self.adapter.load_state_dict(learnt.state_dict())
             self.adapter_average = copy.deepcopy(self.adapter).requires_grad_(False).eval()
             self.adapter.attach(self.model)
             self.adapter_average.attach(self.average)
@@ -406,7 +412,7 @@ class Trainer:
         if not self.data.shards[bucket]:
             bucket = pictures.PORTRAIT
         batch_size = batch_size_of(bucket, self.tokens_per_step)
-        with_faces = self.adapter is not None and rng.random() < FACE_SHARE
+        with_faces = self.adapter is not None and rng.random() < self.face_share
         latents, token_ids, given = self.data.draw(bucket, batch_size, rng, with_faces)
         dropped = torch.from_numpy(rng.random(batch_size) < TEXT_DROPOUT)
         token_ids = torch.where(dropped[:, None], self.empty_ids, token_ids)
@@ -444,7 +450,7 @@ class Trainer:
         modules = {"transformer": self.model, "average": self.average}
         if self.adapter is not None:
             modules |= {"adapter": self.adapter, "adapter_average": self.adapter_average}
-            config["face_share"] = FACE_SHARE
+            config["face_share"] = self.face_share
         loop = TrainingLoop(folder, OPEN_END, modules, self.optimizers, config, writes=rank() == 0)
         loop.steps = steps
         return loop
@@ -566,13 +572,16 @@ def sample(
     latents = pack(torch.randn(shape, generator=generator))
     states, pooled = models.encode(models.token_ids([*captions, *[""] * size]), text.MAX_TEXT_TOKENS)
     position = position_ids(bucket, text.MAX_TEXT_TOKENS)
-    sigmas = [*flow.schedule_sigmas(steps, scheduler_mu(bucket.num_tokens)).tolist(), 0.0]
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    sampler = scheduler()
+    sampler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=scheduler_mu(bucket.num_tokens))
+    for timestep in sampler.timesteps:
+        sigma = (timestep / sampler.config.num_train_timesteps).expand(size)
         told, untold = (
-            velocity_of(model, latents, torch.full((size,), sigma), text, position, faces)
+            velocity_of(model, latents, sigma, text, position, faces)
             for text in zip(states.chunk(2), pooled.chunk(2), strict=True)
         )
-        latents = latents + (following - sigma) * (untold + guidance * (told - untold))
+        velocity = untold + guidance * (told - untold)
+        latents = sampler.step(velocity, timestep, latents, return_dict=False)[0]
     unpacked = FluxPipeline._unpack_latents(latents, bucket.height, bucket.width, 8)
     x = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
     return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
@@ -658,9 +667,10 @@ def guidance_figures(
 # Export
 
 
-def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """FLUX's scheduler; its line for mu goes through the miniature's own token counts."""
-    return FlowMatchEulerDiscreteScheduler(
+def scheduler() -> SeededFlowMatchScheduler:
+    """FLUX's scheduler, stochastic; its line for mu goes through the miniature's own token counts."""
+    return SeededFlowMatchScheduler(
+        stochastic_sampling=True,
         use_dynamic_shifting=True,
         base_image_seq_len=64,
         max_image_seq_len=256,
@@ -703,7 +713,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-from",
         type=Path,
-        help="transformer folder to go on from where no checkpoint is left",
+        help="transformer folder to go on from where no checkpoint is left; a face_adapter beside it too",
     )
     parser.add_argument(
         "--init-steps",
@@ -716,6 +726,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="an adapter learns along, people given by their faces",
     )
+    parser.add_argument("--face-share", type=float, default=FACE_SHARE, help="batches with people given")
     parser.add_argument("--no-compile", action="store_true", help="blocks as they are: no compiler")
 
 
@@ -732,8 +743,9 @@ def _run(args: argparse.Namespace) -> None:
     held_out = LatentPictures(args.pictures, cache, "validation", vae, models, face_models)
     captions = sheet_captions(args.pictures)
     trainer = Trainer(
-        data, models, args.seed, args.tokens_per_step, args.init_from, compiled=not args.no_compile
-    )
+        data, models, args.seed, args.tokens_per_step, args.init_from, compiled=not args.no_compile,
+        face_share=args.face_share,
+    )  # fmt: skip
 
     def errors(count: int) -> dict[str, object]:
         found: dict[str, object] = {

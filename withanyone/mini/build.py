@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from transformers import (
     CLIPTextModel,
     PreTrainedTokenizerFast,
@@ -26,6 +26,7 @@ from withanyone import FaceAdapter, FaceAnalyzer, WithAnyonePipeline
 from . import PRETRAINED
 from .latents import PatchAutoencoder
 from .parts import RUNS
+from .scheduler import SeededFlowMatchScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ SAMPLING_DEFAULTS = {
     "siglip_scale": 1.0,
 }
 COMPONENTS = {
-    "scheduler": FlowMatchEulerDiscreteScheduler,
+    "scheduler": SeededFlowMatchScheduler,
     "vae": PatchAutoencoder,
     "text_encoder": CLIPTextModel,
     "tokenizer": PreTrainedTokenizerFast,

@@ -9,6 +9,7 @@ coach) beside it. What a picture shows is read by `withanyone.mini.reader`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -37,8 +38,10 @@ COPIED = ("hair_style", "glasses", "expression")  # what an output can take over
 READ_BACK = ("hat", "glasses", "hair_style", "expression", "scene", "light")
 BASE = "base"  # folder of the pictures that know of no faces
 GALLERY = 200  # people among whom the right one is to be nearest
-#: true_cfg_scale, faces_in_negative: what `defaults` compares.
-GUIDANCE = ((1.5, True), (3.0, True), (1.5, False), (2.0, False), (3.0, False))
+#: What `defaults` compares: every combination.
+STEPS = (14, 25)
+GUIDANCE = (1.5, 2.0, 3.0)  # true_cfg_scale, the faces in the pass that is told the prompt alone
+POSITIONS = ((1.0, 0.0), (1.0, 0.5), (1.5, 0.5))  # similarity, diversity
 SLIDERS = {  # name -> similarity, diversity
     "similarity 0": (0.0, 0.0),
     "similarity 0.5": (0.5, 0.0),
@@ -565,13 +568,18 @@ def _run_defaults(args: argparse.Namespace) -> None:
     if args.split != "validation":
         raise ValueError(f"`split` is {args.split!r}: nothing is chosen on test people, give validation.")
     cases, folder = _prepare(args)
-    variants = {
-        f"true_cfg_scale {scale:g}, faces in {'both passes' if both else 'the told pass alone'}": {
-            "true_cfg_scale": scale,
-            "faces_in_negative": both,
+    variants = {}
+    for steps, guidance, position in itertools.product(STEPS, GUIDANCE, POSITIONS):
+        id_scale, siglip_scale = slider_scales(*position)
+        place = f"similarity {position[0]:g}, diversity {position[1]:g}"
+        name = f"{steps} steps, true_cfg_scale {guidance:g}, {place}"
+        variants[name] = {
+            "num_inference_steps": steps,
+            "true_cfg_scale": guidance,
+            "faces_in_negative": False,
+            "id_scale": id_scale,
+            "siglip_scale": siglip_scale,
         }
-        for scale, both in GUIDANCE
-    }
     folders = make_pictures(args.model, cases, args.work / f"pictures-{folder.name}", variants, args.workers)
     result: dict = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
     for name, figures in score(args.model, cases, folders, args.workers).items():
@@ -580,6 +588,7 @@ def _run_defaults(args: argparse.Namespace) -> None:
             "found": figures["found"],
             "sim_gt": likeness["sim_gt"],
             "right_of_200": likeness["right_of_200"],
+            "copy_paste": likeness["copy_paste"],
             "prompt": figures["prompt"]["all"],
         }
     _write(result, args.out)
