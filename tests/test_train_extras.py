@@ -19,6 +19,7 @@ from tests.test_train_trainer import _log, _write_case
 from train.cache import TensorCache, module_stamp
 from train.config import make_config
 from train.optim import learning_rate_factor, make_optimizers
+from train.runlog import tracker_kwargs
 from train.trainer import Trainer, merge_adapters
 from train.validation import Best, read_cases, score_case
 from withanyone import FaceAdapter
@@ -245,6 +246,34 @@ def test_validation_goes_to_the_tracker_with_pictures_and_the_best_adapter_is_ke
     best = json.loads((tmp_path / "out" / "best" / "best.json").read_text())
     assert best["step"] == 1  # a random model paints no face: nothing is better than the first
     FaceAdapter.from_pretrained(tmp_path / "out" / "best")
+
+
+def test_trackio_has_one_run_with_pictures_whatever_stops_it(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at its import, here
+    from trackio.sqlite_storage import SQLiteStorage
+
+    _write_case(tmp_path / "cases" / "0")
+    for steps in (1, 2):  # the same command with more steps goes on
+        _trainer(
+            world, tmp_path / "out", max_train_steps=steps, validation_steps=1, report_to=["trackio"],
+            validation_cases=str(tmp_path / "cases"),
+        ).train()  # fmt: skip
+    (run,) = SQLiteStorage.get_runs("withanyone")
+    assert run.startswith("out-")
+    rows = SQLiteStorage.get_logs("withanyone", run)
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert losses == pytest.approx({row["step"]: row["loss"] for row in _log(tmp_path / "out")})
+    pictures = [row["validation/pictures"] for row in rows if "validation/pictures" in row]
+    assert len(pictures) == 2 and len(list((tmp_path / "trackio").rglob("*.png"))) == 2
+    assert [row["step"] for row in rows if "validation/sim_gt" in row] == [1, 2]
+
+
+def test_a_run_that_goes_on_is_one_run_to_its_trackers(tmp_path):
+    first = tracker_kwargs(tmp_path)
+    assert tracker_kwargs(tmp_path) == first
+    assert first["wandb"]["resume"] == first["trackio"]["resume"] == "allow"
+    (tmp_path / "other").mkdir()
+    assert tracker_kwargs(tmp_path / "other")["wandb"]["id"] != first["wandb"]["id"]
 
 
 def test_a_validation_that_a_stop_prevented_is_made_up_for(world, tmp_path, monkeypatch):

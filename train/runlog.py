@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,21 @@ def truncate(path: Path, step: int) -> None:
     if path.exists():
         kept = [row for row in read_lines(path) if row["step"] <= step]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def tracker_kwargs(output_dir: Path) -> dict[str, dict[str, Any]]:
+    """What the trackers with runs of their own are started with: a run that goes on is one run there too.
+
+    The run's id is drawn once and kept in `output_dir`.
+    """
+    path = output_dir / "run_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8])
+    name, run_id = output_dir.resolve().name, path.read_text().strip()
+    return {
+        "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(output_dir)},
+        "trackio": {"name": f"{name}-{run_id}", "resume": "allow"},
+    }
 
 
 class Progress:

@@ -201,7 +201,8 @@ class Trainer:
                 runlog.truncate(self.output_dir / name, self.step)
         if config.report_to:
             settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
-            accelerator.init_trackers("withanyone", config=settings)
+            kwargs = runlog.tracker_kwargs(self.output_dir) if accelerator.is_main_process else {}
+            accelerator.init_trackers("withanyone", config=settings, init_kwargs=kwargs)
         trainable = sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
         logger.info(
             "%.2f M parameters to train, step %d of %d", trainable / 1e6, self.step, config.max_train_steps
@@ -453,8 +454,12 @@ class Trainer:
         logger.info("validation at step %d: %s", self.step, shown)
         for tracker in self.accelerator.trackers:
             tracker.log({f"validation/{k}": v for k, v in scores.items()}, step=self.step)
-            if hasattr(tracker, "log_images"):
-                picture = np.asarray(Image.open(sheet).convert("RGB"))[None]  # (1, H, W, 3)
+            picture = np.asarray(Image.open(sheet).convert("RGB"))[None]  # (1, H, W, 3)
+            if tracker.name == "trackio":  # accelerate has no pictures for it
+                import trackio
+
+                tracker.log({"validation/pictures": trackio.Image(picture[0])}, step=self.step)
+            else:
                 more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"validation/pictures": picture}, step=self.step, **more)
         # last: the line says that this step's validation is done
