@@ -26,6 +26,7 @@ from space.studio import Cancelled, Failed, Line, Made, Order, Studio, Waiting, 
 from space.visits import Limits, Permit, Rate, Visits
 from tests import tiny_faces
 from withanyone import WithAnyonePipeline
+from withanyone.mini.scheduler import SeededFlowMatchScheduler
 from withanyone.settings import MARK, read_settings, save_picture
 
 
@@ -205,14 +206,17 @@ def test_a_picture_comes_with_steps_previews_settings_and_the_mark(
     assert made.settings["seed"] == 0 and made.settings["people"] == 2 and len(made.reading.people) == 2
 
 
-def test_previews_come_near_the_picture(pipe, monkeypatch) -> None:
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_previews_come_near_the_picture(pipe, monkeypatch, stochastic) -> None:
     """The clean estimate of the step before the last is nearly the picture; noise would be far off."""
     monkeypatch.setattr(studio, "PREVIEW_SECONDS", 0.0)
+    scheduler = SeededFlowMatchScheduler.from_config(pipe.scheduler.config, stochastic_sampling=stochastic)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
     views = [u for u in Studio(pipe).make([order(steps=12)], _permit()) if isinstance(u, (Working, Made))]
     picture = np.asarray(views[-1].image).astype(float)
     previews = [np.asarray(view.preview).astype(float) for view in views[:-1] if view.preview is not None]
     distances = [np.abs(preview - picture).mean() for preview in previews]
-    assert distances[-1] < 4 and distances[-1] < distances[0]
+    assert distances[-1] < (8 if stochastic else 4) and distances[-1] < distances[0]
 
 
 def _permit():
