@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 SAMPLING_DEFAULTS = {
     "height": 128,
     "width": 128,
-    "num_inference_steps": 25,
+    "num_inference_steps": 14,
     "guidance_scale": 1.0,
-    "true_cfg_scale": 2.0,
+    "true_cfg_scale": 3.0,
     "faces_in_negative": False,
-    "id_scale": 0.0,
-    "siglip_scale": 1.0,
+    "id_scale": 0.5,
+    "siglip_scale": 0.5,
 }
 COMPONENTS = {
     "scheduler": SeededFlowMatchScheduler,
@@ -111,9 +111,8 @@ STAGES: tuple[Stage, ...] = (
                            "--rec-scenes", "0", "--cp-scenes", "6000"), 15),
     Stage("records", MINI, ("records",), 2),
     Stage("index", MINI, ("assemble",), 1),
-    Stage("adapter", "train", ("--config", "train/phases/mini_1.yaml", "train/phases/mini_2.yaml",
-                               "train/phases/mini_3.yaml"), 90),
-    Stage("pipeline", MINI, ("assemble", "--adapter", "runs/mini/adapter/phase_3/adapter"), 1),
+    Stage("adapter", "train", ("--config", "train/phases/mini_adapter.yaml"), 15),
+    Stage("pipeline", MINI, ("assemble", "--adapter", "runs/mini/adapter/shipped/adapter"), 1),
 )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ BASE = "base"  # folder of the pictures that know of no faces
 GALLERY = 200  # people among whom the right one is to be nearest
 #: What `defaults` compares: every combination.
 STEPS = (14, 25)
-GUIDANCE = (1.5, 2.0, 3.0)  # true_cfg_scale, the faces in the pass that is told the prompt alone
-POSITIONS = ((1.0, 0.0), (1.0, 0.5), (1.5, 0.5))  # similarity, diversity
+GUIDANCE = (2.0, 3.0)  # true_cfg_scale, the faces in the pass that is told the prompt alone
+POSITIONS = ((1.0, 0.0), (1.0, 0.5))  # similarity, diversity
 SLIDERS = {  # name -> similarity, diversity
     "similarity 0": (0.0, 0.0),
     "similarity 0.5": (0.5, 0.0),
