@@ -17,6 +17,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from withanyone import flow
+
 
 class SeededFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     """FlowMatchEulerDiscreteScheduler whose stochastic sampling follows from the initial latents:
@@ -49,7 +51,7 @@ class SeededFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 self._init_step_index(timestep)
             generator = generator or self._generators
             sigma = self.sigmas[self.step_index]
-            self.clean_estimate = sample.float() - sigma * model_output.float()
+            self.clean_estimate = flow.denoised(sample.float(), model_output.float(), sigma)
         return super().step(model_output, timestep, sample, *args, generator=generator, **kwargs)
 
 
