@@ -18,12 +18,13 @@ FACES = {"withanyone.photos", "withanyone.faces"}
 ADAPTER = {"withanyone.layout", "withanyone.bases", "withanyone.conditioning", "withanyone.checkpoint"}
 ADAPTER |= {"withanyone.adapter"}
 CORE = FACES | ADAPTER | {"withanyone", "withanyone.flow", "withanyone.arcface", "withanyone.pipeline"}
-CORE |= {"withanyone.settings", "withanyone.loading"}
+CORE |= {"withanyone.settings", "withanyone.loading", "withanyone.precision"}
 CORE |= {"withanyone.arrangements", "withanyone.readout"}
 # The longest name that begins a module's own decides what of this repository it may import.
 MAY_IMPORT = {
     "withanyone.flow": set(),
     "withanyone.settings": set(),
+    "withanyone.precision": set(),
     "withanyone.layout": set(),
     "withanyone.arrangements": {"withanyone.layout"},
     "withanyone.readout": FACES | {"withanyone.bench.metrics"},

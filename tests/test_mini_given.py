@@ -92,7 +92,8 @@ def test_a_run_in_two_parts_is_a_run_in_one(data, tmp_path):
 
 def test_exported_adapter_fits_the_exported_base(data, tmp_path):
     trainer = make_trainer(data)
-    base.export(trainer.average, tmp_path, trainer.adapter_average)
+    base.export(trainer.average, tmp_path)
+    base.export_adapter(trainer.adapter_average, tmp_path / "face_adapter")
     model = base.FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     given.FaceAdapter.from_pretrained(tmp_path / "face_adapter").attach(model)
 
@@ -101,8 +102,12 @@ def test_a_warm_restart_takes_up_base_and_adapter(data, tmp_path):
     trainer = make_trainer(data)
     for parameter in trainer.adapter_average.parameters():
         torch.nn.init.normal_(parameter)
-    base.export(trainer.average, tmp_path, trainer.adapter_average)
-    warm = base.Trainer(data, data.models, seed=1, tokens_per_step=128, init_from=tmp_path / "transformer")
+    base.export(trainer.average, tmp_path)
+    base.export_adapter(trainer.adapter_average, tmp_path / "face_adapter")
+    warm = base.Trainer(
+        data, data.models, seed=1, tokens_per_step=128, init_from=tmp_path / "transformer",
+        init_adapter=tmp_path / "face_adapter",
+    )  # fmt: skip
     for ours, theirs in ((trainer.average, warm.model), (trainer.adapter_average, warm.adapter)):
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a.bfloat16().float(), b), name

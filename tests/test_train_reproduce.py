@@ -15,7 +15,7 @@ import yaml
 
 from tests.test_train_release import _results
 from train import reproduce
-from train.config import PHASES, read_yaml
+from train.config import PHASES, TrainConfig, read_yaml
 from train.reproduce import PLAN, pooled, read_plan, row_figures, table, verdict, write_config, write_table
 from withanyone.mini import PRETRAINED
 
@@ -44,7 +44,12 @@ def test_the_plan_has_the_rows_of_the_claim():
     assert {r.name for r in plan.rows if r.headline} == {"control", "full"}
     assert "--count 400" in plan.test["make"] and "--split validation" in plan.validation["make"]
     shared = read_yaml(PHASES / plan.config)
-    assert shared["paired_ratio"] == 0.5  # every row but the control is paired
+    assert shared["paired_ratio"] > 0  # every row but the control is paired
+    first = read_yaml("reproduce_2.yaml")  # and all go on from reconstruction, in the same shards
+    assert first["paired_ratio"] == 0 and f"{first['output_dir']}/adapter" == plan.start
+    assert first["shards"] == shared["shards"] and f"--out {shared['shards']} " in plan.before["shards"]
+    for name in ("id_loss_weight", "contrastive_loss_weight"):  # the paper's
+        assert shared[name] == TrainConfig.__dataclass_fields__[name].default
 
 
 def test_headline_rows_come_first_and_a_part_can_be_asked_for(tmp_path):
@@ -89,8 +94,10 @@ class _Commands:
     def __call__(self, *words):
         words = [str(word) for word in words]
         self.calls.append(words[2] + (" " + words[3] if words[2].startswith("withanyone") else ""))
-        if words[2] == "withanyone.mini":
+        if words[2:4] == ["withanyone.mini", "cases"]:
             Path(words[words.index("--out") + 1]).mkdir(parents=True)
+        elif words[2:] == ["train", "--config", "reproduce_2.yaml"]:
+            pass
         elif words[2] == "train":
             config = yaml.safe_load(Path(words[4]).read_text())
             folder = Path(config["output_dir"]) / "best"
@@ -114,7 +121,8 @@ def test_the_command_does_everything_once_and_in_pieces(tmp_path, monkeypatch, c
     path = str(_plan(tmp_path, config=str(phase)))
     main(["reproduce", "--plan", path, "--rows", "control", "full", "--seeds", "0", "--stages", "train"])
     assert "control, seed 0" in capsys.readouterr().out
-    assert Counter(commands.calls) == {"withanyone.mini cases": 1, "train": 2}
+    # shards and the checkpoint all go on from, both sets of cases, two runs
+    assert Counter(commands.calls) == {"withanyone.mini shards": 1, "withanyone.mini cases": 2, "train": 3}
     model = tmp_path / "out" / "full" / "seed_0" / "model"
     assert (model / "vae").is_symlink() and (model / "face_adapter" / "best.json").exists()
     main(["reproduce", "--plan", path])
@@ -220,7 +228,7 @@ def test_two_rows_of_two_steps_from_the_miniature_itself(tmp_path):
     rows = yaml.safe_load(PLAN.read_text())["rows"]
     out = tmp_path / "out"
     path = _plan(
-        tmp_path, config=str(phase), start=str(PRETRAINED / "face_adapter"), headline_seeds=[0], workers=1,
+        tmp_path, config=str(phase), start=str(PRETRAINED / "face_adapter"), headline_seeds=[0], before={},
         rows={name: rows[name] for name in ("control", "full")},
         validation={"cases": str(out / "v"), "count": 1, "every": 1, "metric": "sim_gt",
                     "make": "python -m withanyone.mini cases --split validation --count 1 --out {out}"},

@@ -169,9 +169,11 @@ class TrainConfig:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     gradient_accumulation_steps: int = setting(1, "batches a step")
     ema_decay: float | None = setting(0.999, "of the moving average that is exported; none: no average")
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting("bf16", "autocast")
-    frozen_dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "bfloat16", "of the parts that are not trained"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = setting(
+        "bf16", "autocast; `auto`: bf16 where the machine computes in it, else no"
+    )
+    frozen_dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "bfloat16", "of the parts that are not trained; `auto` likewise"
     )
     gradient_checkpointing: bool = setting(True, "of the transformer's blocks")
     cpu: bool = setting(False, "stay on the CPU even where there is a GPU")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from withanyone import WithAnyonePipeline, flow
 from withanyone.arcface import Recognizer
+from withanyone.precision import computes_bfloat16
 
 from .cache import TensorCache, module_stamp
 from .config import TrainConfig
@@ -20,9 +21,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NEEDED = ("image_encoder", "feature_extractor", "face_analyzer")
 
 
+def precision_of(config: TrainConfig) -> tuple[str, torch.dtype]:
+    """`mixed_precision` and `frozen_dtype` on this machine: `auto` is bfloat16 where that is worth it."""
+    cpu = config.cpu or not torch.cuda.is_available()
+    fast = computes_bfloat16("cpu" if cpu else "cuda")
+    mixed, frozen = config.mixed_precision, config.frozen_dtype
+    return (
+        ("bf16" if fast else "no") if mixed == "auto" else mixed,
+        DTYPES[("bfloat16" if fast else "float32") if frozen == "auto" else frozen],
+    )
+
+
 def load_pipeline(config: TrainConfig) -> WithAnyonePipeline:
     """The pipeline of `config.pretrained` without its adapter; the VAE in full precision."""
-    dtype = DTYPES[config.frozen_dtype]
+    dtype = precision_of(config)[1]
     return WithAnyonePipeline.from_pretrained(
         config.pretrained, face_adapter=None, dtype={"default": dtype, "vae": torch.float32}
     )
@@ -40,7 +52,7 @@ class FrozenParts:
             if getattr(pipeline, name) is None:
                 raise ValueError(f"`pretrained` {config.pretrained!r} has no `{name}`, which training needs.")
         self.pipeline, self.config, self.device = pipeline, config, device
-        dtype = DTYPES[config.frozen_dtype]
+        dtype = precision_of(config)[1]
         for name in ("transformer", "text_encoder", "text_encoder_2", "image_encoder", "vae"):
             # the VAE in full precision: its rounding would be part of the target
             part_dtype = torch.float32 if name == "vae" else dtype

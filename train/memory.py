@@ -26,7 +26,7 @@ from .config import TrainConfig, load_config
 from .step import AdapterStep
 
 GB = 1e9
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # reckoned for GPUs
 STATES = {"adamw": 8, "adamw_fused": 8, "adamw8bit": 2, "muon": 4}  # bytes a parameter
 STRATEGIES = ("one", "ddp", "fsdp2", "zero2")
 FLUX_DEV = "flux.1-dev"

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from withanyone.precision import make_muon
+
 from .config import TrainConfig
 
 Optimizers = list[tuple[torch.optim.Optimizer, list[str]]]
@@ -37,12 +39,7 @@ def make_optimizers(config: TrainConfig, adapter: nn.Module) -> Optimizers:
         return [(kind([p for _, p in named], **adam_settings), [name for name, _ in named])]
     matrices = [(name, p) for name, p in named if is_block_matrix(name, p)]
     rest = [(name, p) for name, p in named if not is_block_matrix(name, p)]
-    muon = torch.optim.Muon(
-        [p for _, p in matrices],
-        lr=config.muon_learning_rate,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = make_muon([p for _, p in matrices], lr=config.muon_learning_rate, weight_decay=config.weight_decay)
     adam = torch.optim.AdamW([p for _, p in rest], **adam_settings)
     return [(muon, [name for name, _ in matrices]), (adam, [name for name, _ in rest])]
 

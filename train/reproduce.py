@@ -1,10 +1,11 @@
 """The paper's claim, shown or not: paired tuning with extended negatives copies less at the same likeness.
 
 `reproduce.yaml` names the rows: settings on top of one shared phase file, all going on from one phase-2
-adapter for the same number of steps. For each row and seed: train (the best checkpoint is chosen on
-validation cases), make the test cases' pictures, have them scored by the judge, once. Then a table, a figure
-(Sim(GT) against copy-paste, as the paper's Figure 5) and their JSON, and what they say about the claim,
-whatever that is. Every step is a command that goes on where it was stopped, so all of it does.
+adapter for the same number of steps. First what all rows need is made: shards and that adapter. For each row
+and seed: train (the best checkpoint is chosen on validation cases), make the test cases' pictures, have them
+scored by the judge, once. Then a table, a figure (Sim(GT) against copy-paste, as the paper's Figure 5) and
+their JSON, and what they say about the claim, whatever that is. Every step is a command that goes on where it
+was stopped, so all of it does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ class Plan:
     full: str
     min_ceiling_share: float
     min_control_copy_paste: float
-    workers: int = 1
+    before: dict[str, str] = field(default_factory=dict)
+    at_once: int = 1
     overrides: tuple[str, ...] = field(default=())
 
     def row(self, name: str) -> Row:
@@ -125,6 +128,21 @@ def command(*words: str | Path) -> None:
         )
 
 
+def words_of(line: str) -> list[str]:
+    """A plan's command as words; its `python` is the one that runs."""
+    return [sys.executable if word == "python" else word for word in shlex.split(line)]
+
+
+def make_before(plan: Plan) -> None:
+    """What all rows need, each by its own command, once: a file in `out` says which are done."""
+    for name, line in plan.before.items():
+        done = plan.out / f"{name}.done"
+        if not done.exists():
+            command(*words_of(line))
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.touch()
+
+
 def ensure_cases(entry: Mapping[str, Any]) -> None:
     """Makes a set of cases by its own command where it is not there. Written aside and renamed."""
     folder = Path(entry["cases"])
@@ -132,8 +150,7 @@ def ensure_cases(entry: Mapping[str, Any]) -> None:
         return
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    words = shlex.split(entry["make"].format(out=shlex.quote(str(aside))))
-    command(*(sys.executable if word == "python" else word for word in words))
+    command(*words_of(entry["make"].format(out=shlex.quote(str(aside)))))
     os.replace(aside, folder)
 
 
@@ -158,7 +175,6 @@ def train(plan: Plan, row: Row, seed: int) -> None:
     """Trains to the end, then puts the chosen adapter into a pipeline folder (`model`), once."""
     if (plan.folder(row, seed) / "model" / "model_index.json").exists():
         return
-    ensure_cases(plan.validation)
     path = write_config(plan, row, seed)
     command(sys.executable, "-m", "train", "--config", path, *plan.overrides)
     config = load_config(path, plan.overrides)
@@ -189,10 +205,9 @@ def generate(plan: Plan, row: Row, seed: int) -> None:
     folder = plan.folder(row, seed)
     if not (folder / "model" / "model_index.json").exists():
         raise ValueError(f"{folder} is not trained yet: the stage `train` comes first.")
-    ensure_cases(plan.test)
     command(
         sys.executable, "-m", "withanyone.bench", "generate", "--cases", plan.test["cases"],
-        "--model", folder / "model", "--out", folder / "pictures", "--workers", str(plan.workers),
+        "--model", folder / "model", "--out", folder / "pictures",
         *map(str, plan.test.get("generate", [])),
     )  # fmt: skip
 
@@ -205,7 +220,7 @@ def score(plan: Plan, row: Row, seed: int) -> None:
     command(
         sys.executable, "-m", "withanyone.bench", "score", "--cases", plan.test["cases"],
         "--pictures", folder / "pictures", "--out", folder / "results.json", "--method", row.title,
-        "--judges", *plan.test["judges"], "--workers", str(plan.workers), "--cache", plan.out / "seen",
+        "--judges", *plan.test["judges"], "--cache", folder / "seen",
     )  # fmt: skip
 
 
@@ -410,12 +425,30 @@ def run(args: argparse.Namespace) -> str:
     """The claim's rows: trained, scored by the judge, and a table of all that is there."""
     plan = read_plan(args.plan, args.set)
     steps = {"train": train, "generate": generate, "score": score}
-    for row, seed in plan.runs(args.rows):
-        if args.seeds and seed not in args.seeds:
-            continue
-        for stage, step in steps.items():
-            if stage in args.stages and not (plan.folder(row, seed) / "results.json").exists():
-                step(plan, row, seed)
+    stages = [name for name in steps if name in args.stages]
+    runs = [
+        (row, seed) for row, seed in plan.runs(args.rows)
+        if (not args.seeds or seed in args.seeds) and not (plan.folder(row, seed) / "results.json").exists()
+    ]  # fmt: skip
+    if runs and stages:
+        make_before(plan)
+        for entry in (plan.validation, plan.test):
+            ensure_cases(entry)
+    # several threads in each of several runs would only get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.at_once)))
+
+    def one(run: tuple[Row, int]) -> None:
+        for stage in stages:
+            steps[stage](plan, *run)
+
+    with ThreadPoolExecutor(plan.at_once) as pool:
+        work = [pool.submit(one, run) for run in runs]
+        try:
+            for run in work:
+                run.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # a failed run stops those that have not begun
+            raise
     return write_table(plan) if "table" in args.stages else "\n".join(missing(plan)) or "all runs are scored"
 
 

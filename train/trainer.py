@@ -42,7 +42,7 @@ from .checkpoints import (
 from .config import TrainConfig, dump_config
 from .data import PlannedBatches, TrainDataset, open_bank_of, open_data
 from .examples import Batch
-from .frozen import DTYPES, FrozenParts, load_pipeline
+from .frozen import DTYPES, FrozenParts, load_pipeline, precision_of
 from .optim import learning_rate_factor, make_optimizers
 from .pack import PackReader
 from .step import AdapterStep, TrainStep
@@ -109,7 +109,7 @@ class Trainer:
         if missing:
             raise ValueError(f"`report_to` names {', '.join(missing)}, not installed here: pip install it.")
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision_of(config)[0],
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=config.cpu,
             log_with=config.report_to or None,

@@ -36,6 +36,7 @@ from withanyone import FaceAdapter, flow
 from withanyone.adapter import CONDITIONING_KEY
 from withanyone.conditioning import FaceConditioning
 from withanyone.faces import FaceAnalyzer
+from withanyone.precision import cpu_autocast, make_muon
 
 from . import pictures, text
 from .given import FaceModels, GivenFaces, draw_scales, encode_faces, new_adapter
@@ -247,7 +248,7 @@ class Optimizers:
             muon.append({"params": [p for name, p in named if name in attends], "share": 0.5})
             adam.append({"params": [p for name, p in named if name not in attends], "share": 0.25})
         self.parts = (
-            torch.optim.Muon(muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            make_muon(muon, weight_decay=0.01),
             torch.optim.AdamW(adam, betas=(0.9, 0.98), weight_decay=0.01),
         )
 
@@ -381,6 +382,7 @@ class Trainer:
         init_from: Path | None = None,
         compiled: bool = False,
         face_share: float = FACE_SHARE,
+        init_adapter: Path | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.data, self.models, self.seed, self.tokens_per_step = data, models, seed, tokens_per_step
@@ -394,9 +396,8 @@ class Trainer:
         self.adapter = self.adapter_average = None
         if data.face_models is not None:
             self.adapter = new_adapter(self.model, data.face_models.image_encoder.config.hidden_size).train()
-            if init_from is not None and (init_from.parent / "face_adapter").exists():
-                learnt = FaceAdapter.from_pretrained(init_from.parent / "face_adapter")
-                self.adapter.load_state_dict(learnt.state_dict())
+            if init_adapter is not None:
+                self.adapter.load_state_dict(FaceAdapter.from_pretrained(init_adapter).state_dict())
             self.adapter_average = copy.deepcopy(self.adapter).requires_grad_(False).eval()
             self.adapter.attach(self.model)
             self.adapter_average.attach(self.average)
@@ -425,7 +426,7 @@ class Trainer:
         # 3. The velocity and its error.
         faces = None
         if given is not None:
-            with torch.autocast("cpu", torch.bfloat16):
+            with cpu_autocast():
                 faces = given.encode(self.adapter, bucket, draw_scales(batch_size, rng))
         position = position_ids(bucket, text_length)
         velocity = velocity_of(self.model, noisy_latents, sigma, (states, pooled), position, faces)
@@ -470,7 +471,7 @@ def velocity_of(
     faces: FaceConditioning | None,
 ) -> Tensor:
     """Velocity (B, T, 96) at `sigma` (B,). `text`: states and pooled; `position`: of `position_ids`."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with cpu_autocast():
         velocity = model(
             hidden_states=noisy_latents,
             encoder_hidden_states=text[0],
@@ -684,16 +685,19 @@ def scheduler_mu(num_tokens: int) -> float:
     return 0.4 + (0.9 - 0.4) * (num_tokens - 64) / (256 - 64)
 
 
-def export(model: FluxTransformer2DModel, out: Path, adapter: FaceAdapter | None = None) -> None:
-    """Writes transformer, scheduler and adapter into a pipeline folder, in half precision."""
+def export(model: FluxTransformer2DModel, out: Path) -> None:
+    """Writes transformer and scheduler into a pipeline folder, in half precision."""
     copied = FluxTransformer2DModel(**transformer_config(model.config.in_channels // 4))
     copied.load_state_dict(model.state_dict())
     copied.to(torch.bfloat16).save_pretrained(out / "transformer")
     scheduler().save_pretrained(out / "scheduler")
-    if adapter is not None:
-        copied = FaceAdapter(**adapter.config)
-        copied.load_state_dict(adapter.state_dict())
-        copied.to(torch.bfloat16).save_pretrained(out / "face_adapter")
+
+
+def export_adapter(adapter: FaceAdapter, folder: Path) -> None:
+    """Writes an adapter in half precision."""
+    copied = FaceAdapter(**{name: adapter.config[name] for name in adapter.config if name[0] != "_"})
+    copied.load_state_dict(adapter.state_dict())  # a new one, that does not remember where it came from
+    copied.to(torch.bfloat16).save_pretrained(folder)
 
 
 # Command
@@ -713,8 +717,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-from",
         type=Path,
-        help="transformer folder to go on from where no checkpoint is left; a face_adapter beside it too",
+        help="transformer folder to go on from where no checkpoint is left",
     )
+    parser.add_argument("--init-adapter", type=Path, help="with --with-faces: adapter folder to go on from")
     parser.add_argument(
         "--init-steps",
         type=int,
@@ -744,7 +749,7 @@ def _run(args: argparse.Namespace) -> None:
     captions = sheet_captions(args.pictures)
     trainer = Trainer(
         data, models, args.seed, args.tokens_per_step, args.init_from, compiled=not args.no_compile,
-        face_share=args.face_share,
+        face_share=args.face_share, init_adapter=args.init_adapter,
     )  # fmt: skip
 
     def errors(count: int) -> dict[str, object]:
@@ -757,6 +762,11 @@ def _run(args: argparse.Namespace) -> None:
             )
         return found
 
+    def write() -> None:
+        export(trainer.average, args.pretrained)
+        if trainer.adapter_average is not None:  # the pipeline's own is tuned from it (mini_adapter.yaml)
+            export_adapter(trainer.adapter_average, args.out / "face_adapter")
+
     def watch(offset: int) -> Callable[[int], None]:
         def every(step: int) -> None:
             if step % args.sheet_steps or rank():
@@ -766,7 +776,7 @@ def _run(args: argparse.Namespace) -> None:
                 file.write(line + "\n")
             logger.info("held-out velocity error: %s", line)
             sample_sheet(trainer, held_out, captions, args.out / f"sheet_{offset + step:06d}.png")
-            export(trainer.average, args.pretrained, trainer.adapter_average)
+            write()
 
         return every
 
@@ -784,7 +794,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     if rank():
         return
-    export(trainer.average, args.pretrained, trainer.adapter_average)
+    write()
     hours = (trunk.elapsed + branch.elapsed) / 3600
     told = {"steps": first + args.steps + args.cooldown, "training_hours_since_init": round(hours, 2)}
     write_figures(args.pretrained, "base", {**errors(256), **told})

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import FluxTransformer2DModel
 from transformers import (
     CLIPTextModel,
@@ -24,6 +23,7 @@ from transformers import (
 from withanyone import FaceAdapter, FaceAnalyzer, WithAnyonePipeline
 
 from . import PRETRAINED
+from .base import export_adapter
 from .latents import PatchAutoencoder
 from .parts import RUNS
 from .scheduler import SeededFlowMatchScheduler
@@ -162,10 +162,7 @@ def _add_assemble(parser: argparse.ArgumentParser) -> None:
 
 def _run_assemble(args: argparse.Namespace) -> None:
     if args.adapter is not None:
-        trained = FaceAdapter.from_pretrained(args.adapter)
-        adapter = FaceAdapter(**{name: trained.config[name] for name in trained.config if name[0] != "_"})
-        adapter.load_state_dict(trained.state_dict())  # a new one, that does not remember where it came from
-        adapter.to(torch.bfloat16).save_pretrained(args.pretrained / "face_adapter")
+        export_adapter(FaceAdapter.from_pretrained(args.adapter), args.pretrained / "face_adapter")
     assemble(args.pretrained)
     size = sum(path.stat().st_size for path in args.pretrained.rglob("*") if path.is_file())
     logger.info("%s: %.1f MB", args.pretrained, size / 1e6)

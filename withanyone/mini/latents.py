@@ -23,6 +23,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from withanyone import arcface
+from withanyone.precision import cpu_autocast
 
 from . import pictures
 from .loop import TrainingLoop, learning_rate, step_rng
@@ -280,7 +281,7 @@ def train_refiner(
         patches = random_patches(pools, batch_size, 64, rng)
         with torch.no_grad():
             latents = vae.encode(patches).latent_dist.mode()
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             decoded = vae.decode(latents).sample
         loss = reconstruction_loss(patches, decoded.float(), squared=4.0 * step / steps)
         optimizer.zero_grad(set_to_none=True)

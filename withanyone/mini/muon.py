@@ -7,18 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-
-def orthogonalized(update: Tensor, steps: int = 5) -> Tensor:
-    """Nearest matrix with singular values near 1, by Newton-Schulz (Jordan et al. 2024, "Muon").
-
-    X <- a X + (b X Xᵀ + c (X Xᵀ)²) X with (a, b, c) = (3.4445, -4.7750, 2.0315). update (m, n).
-    """
-    x = update.T if update.shape[0] > update.shape[1] else update
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if update.shape[0] > update.shape[1] else x
+from withanyone.precision import orthogonalized
 
 
 def hidden_matrices(model: nn.Module, minimum: int = 16) -> list[nn.Parameter]:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from withanyone.precision import cpu_autocast
+
 from .faceset import CROP_SIZE, FACE_SIZE, FaceBank, mirrored_traits
 from .loop import TrainingLoop, learning_rate, step_rng
 from .muon import MuonAdamW, hidden_matrices
@@ -331,7 +333,7 @@ def train_recognizer(
         rise = min(1.0, step / (settings.warmup_share * settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.learning_rate)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             embeddings = model(faces)  # (B, 512)
         directions, target = prototypes(traits, rng)
         cosines = F.linear(F.normalize(embeddings.float()), F.normalize(directions))  # (B, C)
