@@ -207,6 +207,12 @@ def test_figures_are_those_of_the_bench(tmp_path):
     assert figures["copy_paste"]["mean"] == pytest.approx(0.1) and figures["ceiling"][
         "mean"
     ] == pytest.approx(0.7)
+    assert "copied_glasses" not in figures  # nobody read what these pictures show
+    shares = [{"mean": 0.2, "low": 0.1, "high": 0.3}, {"mean": 0.4, "low": 0.3, "high": 0.5}]
+    read = [{**results, "attributes": {"all": {"glasses": {"copied": share}}}} for share in shares]
+    copied = row_figures(read)["copied_glasses"]
+    assert copied["mean"] == pytest.approx(0.3) and copied["seeds"] == [0.2, 0.4]
+    assert (copied["low"], copied["high"]) == (0.1, 0.5)
 
 
 @pytest.mark.slow

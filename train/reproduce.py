@@ -260,7 +260,7 @@ def row_figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if all(parts):
             out[name] = pooled(parts)
     for name in COPIED:
-        shares = [(r["attributes"] or {}).get(name, {}).get("copied") for r in results]
+        shares = [((r["attributes"] or {}).get("all") or {}).get(name, {}).get("copied") for r in results]
         if shares and all(shares):
             means = [share["mean"] for share in shares]
             out[f"copied_{name}"] = {
