@@ -446,9 +446,8 @@ def run(args: argparse.Namespace) -> str:
         try:
             for run in work:
                 run.result()
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)  # a failed run stops those that have not begun
-            raise
     return write_table(plan) if "table" in args.stages else "\n".join(missing(plan)) or "all runs are scored"
 
 
