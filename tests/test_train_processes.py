@@ -121,7 +121,9 @@ def test_fsdp2_on_two_processes_has_the_gradients_of_one(world, pretrained, tmp_
     assert one.keys() <= two.keys()
     for name, gradient in two.items():
         expected = one.get(name, torch.zeros_like(gradient))
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=name)
+        # rounding goes with the terms of a sum, not with what is left of them: some CPUs' kernels round more
+        atol = max(1e-6, 1e-4 * expected.abs().max().item())
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=atol, msg=name)
 
 
 @pytest.mark.slow
