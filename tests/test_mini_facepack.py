@@ -25,9 +25,10 @@ from withanyone.mini.faceset import (
     trait_rows,
 )
 from withanyone.mini.loop import TrainingLoop, learning_rate, step_rng
-from withanyone.mini.muon import MuonAdamW, hidden_matrices, orthogonalized
+from withanyone.mini.muon import MuonAdamW, hidden_matrices
 from withanyone.mini.pictures import render_shard
 from withanyone.mini.world import RANGES, make_identity, render
+from withanyone.precision import orthogonalized
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def test_the_plan_has_the_rows_of_the_claim():
     assert {r.name for r in plan.rows if r.headline} == {"control", "full"}
     assert "--count 400" in plan.test["make"] and "--split validation" in plan.validation["make"]
     shared = read_yaml(PHASES / plan.config)
-    assert shared["paired_ratio"] > 0  # every row but the control is paired
+    assert shared["paired_ratio"] == 0.8  # every row but the control is paired
     first = read_yaml("reproduce_2.yaml")  # and all go on from reconstruction, in the same shards
     assert first["paired_ratio"] == 0 and f"{first['output_dir']}/adapter" == plan.start
     assert first["shards"] == shared["shards"] and f"--out {shared['shards']} " in plan.before["shards"]
@@ -91,7 +91,7 @@ class _Commands:
     def __init__(self, sim_gt):
         self.sim_gt, self.calls = sim_gt, []
 
-    def __call__(self, *words):
+    def __call__(self, *words, threads=None):
         words = [str(word) for word in words]
         self.calls.append(words[2] + (" " + words[3] if words[2].startswith("withanyone") else ""))
         if words[2:4] == ["withanyone.mini", "cases"]:

@@ -72,6 +72,11 @@ class Plan:
     at_once: int = 1
     overrides: tuple[str, ...] = field(default=())
 
+    @property
+    def threads(self) -> int:
+        """Of each run: more would only get in the other runs' way."""
+        return max(1, (os.cpu_count() or 1) // self.at_once)
+
     def row(self, name: str) -> Row:
         for row in self.rows:
             if row.name == name:
@@ -117,11 +122,16 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
 # --- the steps of one run --------------------------------------------------------------------------------
 
 
-def command(*words: str | Path) -> None:
-    """Runs a command; RuntimeError where it fails."""
+def command(*words: str | Path, threads: int | None = None) -> None:
+    """Runs a command, with so many `threads` unless OMP_NUM_THREADS says another number.
+
+    Raises:
+        RuntimeError: it fails.
+    """
     words = [str(word) for word in words]
     logger.info("%s", " ".join(words[1:] if words[0] == sys.executable else words))
-    done = subprocess.run(words, check=False)
+    given = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(words, check=False, env={**given, **os.environ})
     if done.returncode:
         raise RuntimeError(
             f"ended with status {done.returncode}; the same command goes on: {shlex.join(words)}"
@@ -176,7 +186,7 @@ def train(plan: Plan, row: Row, seed: int) -> None:
     if (plan.folder(row, seed) / "model" / "model_index.json").exists():
         return
     path = write_config(plan, row, seed)
-    command(sys.executable, "-m", "train", "--config", path, *plan.overrides)
+    command(sys.executable, "-m", "train", "--config", path, *plan.overrides, threads=plan.threads)
     config = load_config(path, plan.overrides)
     training, model = Path(config.output_dir), plan.folder(row, seed) / "model"
     chosen = training / "best" if (training / "best").exists() else training / "adapter"
@@ -208,7 +218,7 @@ def generate(plan: Plan, row: Row, seed: int) -> None:
     command(
         sys.executable, "-m", "withanyone.bench", "generate", "--cases", plan.test["cases"],
         "--model", folder / "model", "--out", folder / "pictures",
-        *map(str, plan.test.get("generate", [])),
+        *map(str, plan.test.get("generate", [])), threads=plan.threads,
     )  # fmt: skip
 
 
@@ -221,6 +231,7 @@ def score(plan: Plan, row: Row, seed: int) -> None:
         sys.executable, "-m", "withanyone.bench", "score", "--cases", plan.test["cases"],
         "--pictures", folder / "pictures", "--out", folder / "results.json", "--method", row.title,
         "--judges", *plan.test["judges"], "--cache", folder / "seen",
+        threads=plan.threads,
     )  # fmt: skip
 
 
@@ -434,8 +445,6 @@ def run(args: argparse.Namespace) -> str:
         make_before(plan)
         for entry in (plan.validation, plan.test):
             ensure_cases(entry)
-    # several threads in each of several runs would only get in each other's way
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // plan.at_once)))
 
     def one(run: tuple[Row, int]) -> None:
         for stage in stages:

@@ -36,6 +36,16 @@ def orthogonalized(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if update.shape[0] > update.shape[1] else x
 
 
+def muon_update(gradient: torch.Tensor, buffer: torch.Tensor, momentum: float) -> torch.Tensor:
+    """What Muon subtracts at learning rate 1, of an AdamW step's size (0.2 √max(m, n), arXiv:2502.16982).
+
+    Nesterov's momentum; `buffer` is moved on. A convolution counts as (outputs, inputs * height * width).
+    """
+    buffer.lerp_(gradient, 1 - momentum)
+    matrix = gradient.lerp(buffer, momentum).flatten(1)
+    return orthogonalized(matrix).reshape(gradient.shape) * (0.2 * max(matrix.shape) ** 0.5)
+
+
 class _Float32Muon(torch.optim.Muon):
     """`torch.optim.Muon` with its products in the parameters' dtype; states are interchangeable."""
 
@@ -52,11 +62,9 @@ class _Float32Muon(torch.optim.Muon):
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalized(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov
+                update = muon_update(parameter.grad, state["momentum_buffer"], group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * 0.2 * max(parameter.shape) ** 0.5  # match_rms_adamw
-                parameter.add_(update, alpha=-rate)
+                parameter.add_(update, alpha=-group["lr"])
         return loss
 
 

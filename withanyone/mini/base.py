@@ -42,7 +42,7 @@ from . import pictures, text
 from .given import FaceModels, GivenFaces, draw_scales, encode_faces, new_adapter
 from .latents import PatchAutoencoder, to_tensor
 from .loop import TrainingLoop, step_rng
-from .parts import RUNS, add_part_arguments, start_part, write_figures
+from .parts import RUNS, add_part_arguments, export_adapter, start_part, write_figures
 from .pictures import Bucket
 from .scheduler import SeededFlowMatchScheduler
 
@@ -691,13 +691,6 @@ def export(model: FluxTransformer2DModel, out: Path) -> None:
     copied.load_state_dict(model.state_dict())
     copied.to(torch.bfloat16).save_pretrained(out / "transformer")
     scheduler().save_pretrained(out / "scheduler")
-
-
-def export_adapter(adapter: FaceAdapter, folder: Path) -> None:
-    """Writes an adapter in half precision."""
-    copied = FaceAdapter(**{name: adapter.config[name] for name in adapter.config if name[0] != "_"})
-    copied.load_state_dict(adapter.state_dict())  # a new one, that does not remember where it came from
-    copied.to(torch.bfloat16).save_pretrained(folder)
 
 
 # Command

@@ -23,9 +23,8 @@ from transformers import (
 from withanyone import FaceAdapter, FaceAnalyzer, WithAnyonePipeline
 
 from . import PRETRAINED
-from .base import export_adapter
 from .latents import PatchAutoencoder
-from .parts import RUNS
+from .parts import RUNS, export_adapter
 from .scheduler import SeededFlowMatchScheduler
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from withanyone.precision import orthogonalized
+from withanyone.precision import muon_update
 
 
 def hidden_matrices(model: nn.Module, minimum: int = 16) -> list[nn.Parameter]:
@@ -58,10 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        ahead = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
-        matrix = ahead.flatten(1)
-        return orthogonalized(matrix).reshape(parameter.shape) * (0.2 * max(matrix.shape) ** 0.5)
+        return muon_update(parameter.grad, state["momentum"], group["momentum"])
 
     def _adam(self, parameter: nn.Parameter, group: dict) -> Tensor:
         state = self.state[parameter]

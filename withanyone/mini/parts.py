@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from withanyone import FaceAdapter
+
 from . import PRETRAINED
 
 logger = logging.getLogger(__name__)
@@ -61,3 +63,10 @@ def save_half(model: PreTrainedModel, folder: Path) -> None:
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text()) | {"dtype": "float32"}
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def export_adapter(adapter: FaceAdapter, folder: Path) -> None:
+    """Writes an adapter in half precision."""
+    copied = FaceAdapter(**{name: adapter.config[name] for name in adapter.config if name[0] != "_"})
+    copied.load_state_dict(adapter.state_dict())  # a new one, that does not remember where it came from
+    copied.to(torch.bfloat16).save_pretrained(folder)
