@@ -306,6 +306,52 @@ def test_true_guidance_takes_an_empty_negative_prompt(pipe):
 
 
 @pytest.mark.parametrize("faces_in_negative", [True, False])
+def test_guidance_acts_down_to_its_least_sigma(pipe, faces_in_negative):
+    """Three steps, guidance in the first: that one is the guided run's, the others have one pass each."""
+    faces = [tiny.face(1), tiny.face(2)]
+    passes, steps = [], []
+    handle = pipe.transformer.x_embedder.register_forward_pre_hook(lambda *_: passes.append(None))
+
+    def record(pipe, step, timestep, tensors):
+        steps.append(tensors["latents"].clone())
+        return {}
+
+    def make(**settings):
+        passes.clear(), steps.clear()
+        settings |= {"faces": faces, "bboxes": BOXES, "faces_in_negative": faces_in_negative}
+        run(pipe, num_inference_steps=3, callback_on_step_end=record, **settings)
+        return len(passes), list(steps), pipe.scheduler.sigmas.tolist()
+
+    try:
+        count, guided, sigmas = make(true_cfg_scale=3.0)
+        assert count == 6
+        between = (sigmas[0] + sigmas[1]) / 2
+        count, partly, _ = make(true_cfg_scale=3.0, true_cfg_min_sigma=between)
+        assert count == 4
+    finally:
+        handle.remove()
+    assert torch.equal(partly[0], guided[0]) and not torch.allclose(partly[1], guided[1], atol=1e-4)
+    embeds, pooled, text_ids = pipe.encode_prompt("two people", max_sequence_length=512)
+    for step in (1, 2):
+        velocity = pipe.transformer(
+            hidden_states=partly[step - 1],
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            timestep=torch.full((1,), sigmas[step]),
+            guidance=torch.full((1,), 4.0),
+            img_ids=pipe._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+            txt_ids=text_ids,
+            joint_attention_kwargs={
+                "ip_hidden_states": pipe.face_adapter.encode(*pipe.encode_faces(faces), [BOXES], 64, 64)
+            },
+        ).sample
+        expected = partly[step - 1] + (sigmas[step + 1] - sigmas[step]) * velocity
+        assert (partly[step] - expected).abs().max() < 1e-5
+    # Nothing stays behind.
+    assert np.array_equal(run(pipe), flux_run(pipe, sigmas=released_sigmas()))
+
+
+@pytest.mark.parametrize("faces_in_negative", [True, False])
 def test_faces_act_in_the_passes_they_should(pipe, faces_in_negative):
     """One step by hand: noise + (sigma_end - sigma) * (v_neg + s * (v_pos - v_neg)), sigma from 1 to 0."""
     faces, scale = [tiny.face(1), tiny.face(2)], 3.0
@@ -533,6 +579,7 @@ BAD = {
     ),
     "sigma NaN": ({"sigmas": [1.0, float("nan")]}, r"`sigmas` are \[1.0, nan\]; give .* above 0 and up to 1"),
     "no sigmas": ({"sigmas": []}, r"`sigmas` are \[\]"),
+    "no share of noise": ({"true_cfg_min_sigma": 1.5}, r"`true_cfg_min_sigma` is 1.5; give .* from 0 to 1"),
     "neither yes nor no": ({"faces_in_negative": "no"}, r"`faces_in_negative` is 'no'; give True or False"),
     "long text": ({"max_sequence_length": 600}, r"`max_sequence_length`"),
 }

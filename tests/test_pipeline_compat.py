@@ -261,7 +261,7 @@ def test_first_block_cache_that_never_skips_changes_nothing(plain):
 def test_caches_with_faces_in_the_positive_pass_only():
     pipe, cached = tiny.pipeline(), tiny.pipeline()
     cached.transformer.enable_cache(diffusers.hooks.FirstBlockCacheConfig(threshold=0.0))
-    kwargs = {"true_cfg_scale": 2.0, "faces_in_negative": False}
+    kwargs = {"true_cfg_scale": 2.0, "true_cfg_min_sigma": 0.9, "faces_in_negative": False}
     assert np.array_equal(run(cached, **kwargs), run(pipe, **kwargs))
 
 
@@ -322,7 +322,7 @@ OFFLOADS = {
 
 @pytest.mark.parametrize("name", OFFLOADS)
 def test_offloading_with_faces_in_the_positive_pass_only(plain, name):
-    guidance = {"true_cfg_scale": 2.0, "faces_in_negative": False}
+    guidance = {"true_cfg_scale": 2.0, "true_cfg_min_sigma": 0.9, "faces_in_negative": False}
     expected = run(tiny.pipeline(), **guidance)
     pipe = tiny.pipeline()
     OFFLOADS[name](pipe)
@@ -443,6 +443,8 @@ def test_a_compiled_transformer_before_the_adapter_is_refused():
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with pytest.raises(ValueError, match=r"`faces_in_negative` is False.*compile_repeated_blocks"):
         run(pipe, true_cfg_scale=2.0, faces_in_negative=False)
+    with pytest.raises(ValueError, match=r"`true_cfg_min_sigma` is 0.5.*compile_repeated_blocks"):
+        run(pipe, true_cfg_scale=2.0, true_cfg_min_sigma=0.5)
 
 
 @pytest.mark.slow
@@ -451,7 +453,7 @@ def test_compile_repeated_blocks(plain):
     pipe = tiny.pipeline()
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
     assert np.abs(run(pipe) - plain).max() < 1e-5
-    kwargs = {"true_cfg_scale": 2.0, "faces_in_negative": False}
+    kwargs = {"true_cfg_scale": 2.0, "true_cfg_min_sigma": 0.9, "faces_in_negative": False}
     assert np.abs(run(pipe, **kwargs) - run(tiny.pipeline(), **kwargs)).max() < 1e-5
     # Without faces, and with other faces, too.
     assert (

@@ -54,6 +54,7 @@ RELEASED_SAMPLING: dict[str, Any] = {
     "num_inference_steps": 25,
     "guidance_scale": 4.0,
     "true_cfg_scale": 1.0,
+    "true_cfg_min_sigma": 0.0,
     "faces_in_negative": True,
     "id_scale": 0.0,
     "siglip_scale": 1.0,
@@ -286,6 +287,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         true_cfg_scale: float | None = None,
+        true_cfg_min_sigma: float | None = None,
         negative_prompt: str | list[str] | None = None,
         faces_in_negative: bool | None = None,
         sigmas: Sequence[float] | None = None,
@@ -316,6 +318,8 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             height, width: pixels, multiples of 16 (twice the VAE's factor).
             true_cfg_scale: above 1, each step has a second pass with `negative_prompt` (None: an empty one),
                 and goes from that pass's result towards and past the first's, this many times as far.
+            true_cfg_min_sigma: share of noise, 0 to 1, below which steps go without that second pass: where
+                details alone are left, guidance costs time and exaggerates them (arXiv 2404.07724).
             faces_in_negative: whether the faces act in that second pass too. If so, guidance sharpens what
                 the prompt alone says; if not, the faces as well.
             sigmas: shares of noise before the timestep shift, in place of `num_inference_steps` even ones.
@@ -333,6 +337,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "true_cfg_scale": true_cfg_scale,
+            "true_cfg_min_sigma": true_cfg_min_sigma,
             "faces_in_negative": faces_in_negative,
             "id_scale": id_scale,
             "siglip_scale": siglip_scale,
@@ -353,6 +358,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             logger.warning("`negative_prompt` has no effect unless `true_cfg_scale` is more than 1.")
         id_scale, siglip_scale = settings.pop("id_scale"), settings.pop("siglip_scale")
         faces_in_negative = settings.pop("faces_in_negative")
+        min_sigma = settings.pop("true_cfg_min_sigma")
 
         # 3. Encode the faces, once for all steps.
         attention_kwargs = dict(joint_attention_kwargs or {})
@@ -379,17 +385,18 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             if self._is_offloaded:
                 self.face_adapter.put_encoding_aside()
 
-        # 4. True guidance: a negative prompt for every prompt, and the faces in it or not.
+        # 4. True guidance: a negative prompt for every prompt; where it acts, and whether the faces do too.
         if true_cfg_scale > 1 and kwargs.get("negative_prompt_embeds") is None:
             negative_prompt = self._negative_prompts(negative_prompt, prompt, kwargs.get("prompt_embeds"))
-        no_faces_in_negative = contextlib.nullcontext()
-        if true_cfg_scale > 1 and not faces_in_negative and CONDITIONING_KEY in attention_kwargs:
-            no_faces_in_negative = _faces_in_positive_pass_only(self.transformer)
+        drop_faces = not faces_in_negative and CONDITIONING_KEY in attention_kwargs
+        second_pass = contextlib.nullcontext()
+        if true_cfg_scale > 1 and (drop_faces or min_sigma > 0):
+            second_pass = _second_pass(self.transformer, drop_faces, min_sigma)
 
         # 5. Hand over to FluxPipeline.
         if max_sequence_length is None:
             max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
-        with no_faces_in_negative:
+        with second_pass:
             (images,) = super().__call__(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
@@ -423,6 +430,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         _check_count("num_inference_steps", settings["num_inference_steps"])
         for name in ("id_scale", "siglip_scale", "guidance_scale", "true_cfg_scale"):
             _number(name, settings[name], 0.0)
+        _number("true_cfg_min_sigma", settings["true_cfg_min_sigma"], 0.0, 1.0)
         if not isinstance(settings["faces_in_negative"], (bool, np.bool_)):
             value = settings["faces_in_negative"]
             raise ValueError(f"`faces_in_negative` is {value!r}; give True or False.")
@@ -530,40 +538,50 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         )
 
 
-class _PositivePassOnly(ModelHook):
-    """Takes the faces out of the transformer's arguments in the pass that FluxPipeline calls "uncond"."""
+class _SecondPass(ModelHook):
+    """Changes the pass that FluxPipeline calls "uncond": the faces taken out of the transformer's arguments;
+    at little noise not run at all, the first pass's result in its place, which leaves that as it is."""
 
     _is_stateful = True  # so that the transformer's `cache_context` tells `passes` which pass it is
 
-    def __init__(self):
+    def __init__(self, drop_faces: bool, min_sigma: float) -> None:
         super().__init__()
         self.passes = StateManager(BaseState)
+        self.drop_faces, self.min_sigma = drop_faces, min_sigma
+        self.first_result: Any = None
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.passes.reset()
         return module
 
-    def pre_forward(self, module: torch.nn.Module, *args, **kwargs) -> tuple[tuple, dict]:
-        if self.passes.context.name == "uncond":
+    def new_forward(self, module: torch.nn.Module, *args, **kwargs):
+        is_second = self.passes.context.name == "uncond"
+        is_guided = self.min_sigma == 0 or float(kwargs["timestep"].max()) >= self.min_sigma
+        if is_second and not is_guided:
+            return self.first_result
+        if is_second and self.drop_faces:
             attention_kwargs = dict(kwargs["joint_attention_kwargs"])
             del attention_kwargs[CONDITIONING_KEY]
             kwargs["joint_attention_kwargs"] = attention_kwargs
-        return args, kwargs
+        result = self.fn_ref.original_forward(*args, **kwargs)
+        self.first_result = None if is_guided else result
+        return result
 
 
 @contextlib.contextmanager
-def _faces_in_positive_pass_only(transformer: torch.nn.Module) -> Iterator[None]:
+def _second_pass(transformer: torch.nn.Module, drop_faces: bool, min_sigma: float) -> Iterator[None]:
     if hasattr(transformer, "_orig_mod"):
+        name, value = ("faces_in_negative", False) if drop_faces else ("true_cfg_min_sigma", min_sigma)
         raise ValueError(
-            "`faces_in_negative` is False, which a `transformer` compiled as a whole cannot follow; use "
+            f"`{name}` is {value}, which a `transformer` compiled as a whole cannot follow; use "
             "`pipe.transformer.compile_repeated_blocks(fullgraph=True)` in place of `torch.compile`."
         )
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(_PositivePassOnly(), "withanyone_positive_pass_only")
+    registry.register_hook(_SecondPass(drop_faces, min_sigma), "withanyone_second_pass")
     try:
         yield
     finally:
-        registry.remove_hook("withanyone_positive_pass_only", recurse=False)
+        registry.remove_hook("withanyone_second_pass", recurse=False)
 
 
 def _check_rest(prompt: Any, num_images_per_prompt: Any, output_type: Any, sigmas: Any) -> None:
