@@ -208,3 +208,40 @@ def test_the_front_by_hand() -> None:
 def test_bad_input_is_named(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+# ---- kernel distance --------------------------------------------------------------------------------------
+
+
+def test_kernel_distance_is_the_unbiased_estimate():
+    """Against plain loops over pairs."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 3)), rng.normal(1.0, 2.0, size=(7, 3))
+    a, b = ((value - y.mean(axis=0)) / y.std(axis=0) for value in (x, y))
+
+    def mean_over(left, right, skip_same):
+        pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if not (skip_same and i == j)]
+        return np.mean([(left[i] @ right[j] / 3 + 1) ** 3 for i, j in pairs])
+
+    expected = mean_over(a, a, True) + mean_over(b, b, True) - 2 * mean_over(a, b, False)
+    assert metrics.kernel_distance(x, y) == pytest.approx(expected)
+
+
+def test_kernel_distance_is_unbiased_and_sees_a_shift():
+    rng = np.random.default_rng(0)
+    same = [metrics.kernel_distance(rng.normal(size=(20, 8)), rng.normal(size=(200, 8))) for _ in range(200)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 200**0.5 and np.min(same) < 0
+    assert metrics.kernel_distance(rng.normal(size=(20, 8)) + 1, rng.normal(size=(200, 8))) > np.max(same)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.zeros((1, 4)), r"`features` must be finite, \(N, D\) with N of at least 2"),
+        (np.full((3, 4), np.nan), r"`features` must be finite"),
+        (np.zeros((3, 5)), r"one width, got 5 and 4"),
+    ],
+)
+def test_kernel_distance_refuses_what_it_cannot_compare(features, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.kernel_distance(features, np.random.default_rng(0).normal(size=(6, 4)))

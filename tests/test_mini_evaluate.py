@@ -34,7 +34,18 @@ def row(case: int, person: int, **changes) -> dict:
     }  # fmt: skip
     for who in ("judge", "coach"):
         made |= {f"{who}.generated": target, f"{who}.target": target, f"{who}.reference": reference}
-    return made | changes
+    look = np.random.default_rng(3000 + person).normal(size=16)
+    return made | {"look.generated": look, "look.target": look} | changes
+
+
+def test_faces_drawn_otherwise_lie_farther_off() -> None:
+    rows = [row(k, k) for k in range(40)]
+    alike = [r | {"look.generated": face(4000 + k)[:16]} for k, r in enumerate(rows)]
+    other = [r | {"look.generated": 0.3 * r["look.target"] + 1} for r in rows]
+    near, far = (evaluate.summarize(some)["faces_kernel_distance"] for some in (alike, other))
+    assert abs(near) < 0.3 and far > 1
+    lost = [r | {"found": False, "look.generated": None} for r in rows]
+    assert evaluate._faces_distance(lost) is None
 
 
 def test_the_target_itself_is_the_best_there_is() -> None:

@@ -235,6 +235,32 @@ def copied_share(generated: np.ndarray, target: np.ndarray, reference: np.ndarra
     return (np.abs(g - t) - np.abs(g - r)) / np.abs(t - r)
 
 
+def kernel_distance(features: np.ndarray, real: np.ndarray) -> float:
+    """How far two sets of pictures lie apart, as features (N, D) and (M, D) of a network; 0 where alike.
+
+    KID (arXiv 1801.01401): the squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, unbiased,
+    so it may be a little below 0 and does not depend on how many pictures there are. Each feature is first
+    put to mean 0 and deviation 1 over `real`, so that none counts for its size.
+    """
+    a, b = (np.asarray(value, dtype=np.float64) for value in (features, real))
+    for name, value in (("features", a), ("real", b)):
+        if value.ndim != 2 or len(value) < 2 or not np.isfinite(value).all():
+            raise ValueError(f"`{name}` must be finite, (N, D) with N of at least 2, got shape {value.shape}")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"`features` and `real` must have one width, got {a.shape[1]} and {b.shape[1]}")
+    spread = b.std(axis=0)
+    a, b = ((value - b.mean(axis=0)) / np.where(spread > 0, spread, 1.0) for value in (a, b))
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: np.ndarray) -> float:
+        values = kernel(x, x)
+        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
 def disagreement(values: Sequence) -> float:
     """Share of pairs that differ (Gini-Simpson, unbiased): 0 where all are alike, 1 where none are."""
     counts = np.unique(np.asarray(values), return_counts=True)[1]

@@ -40,8 +40,9 @@ BASE = "base"  # folder of the pictures that know of no faces
 GALLERY = 200  # people among whom the right one is to be nearest
 #: What `defaults` compares: every combination.
 STEPS = (14, 25)
-GUIDANCE = (2.0, 3.0)  # true_cfg_scale, the faces in the pass that is told the prompt alone
-POSITIONS = ((1.0, 0.0), (1.0, 0.5))  # similarity, diversity
+MIN_SIGMAS = (0.0, 0.5)  # true_cfg_min_sigma
+GUIDANCE = (3.0, 4.0)  # true_cfg_scale, the faces in the pass that is told the prompt alone
+POSITIONS = ((1.0, 0.5), (1.5, 0.5))  # similarity, diversity
 SLIDERS = {  # name -> similarity, diversity
     "similarity 0": (0.0, 0.0),
     "similarity 0.5": (0.5, 0.0),
@@ -170,11 +171,13 @@ def embed(recognizer: Recognizer, image: np.ndarray, kps: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class Found:
-    """Faces of one picture: boxes (K, 4) and their embeddings by judge and coach (K, 512)."""
+    """Faces of one picture: boxes (K, 4), their embeddings by judge and coach (K, 512), and how their crops
+    look to the pipeline's image encoder (K, C)."""
 
     bboxes: np.ndarray
     judge: np.ndarray
     coach: np.ndarray
+    look: np.ndarray
 
 
 class Eyes:
@@ -182,17 +185,21 @@ class Eyes:
 
     def __init__(self, model: str) -> None:
         torch.set_num_threads(1)
-        self.analyzer = _pipeline(model).face_analyzer
+        self.pipe = _pipeline(model)
         self.judge = Recognizer.from_onnx(JUDGE) if JUDGE.exists() else None
         self.readers = reader.load_readers()
 
+    @torch.no_grad()
     def find(self, image: np.ndarray) -> Found:
-        faces = self.analyzer.detect(image)
+        faces = self.pipe.face_analyzer.detect(image)
         kps = np.array([face.kps for face in faces]).reshape(-1, 5, 2)
         bboxes = np.array([face.bbox for face in faces]).reshape(-1, 4)
         coach = np.array([face.embedding for face in faces]).reshape(-1, 512)
         judge = np.empty((len(faces), 0)) if self.judge is None else embed(self.judge, image, kps)
-        return Found(bboxes, judge, coach)
+        look = np.empty((0, self.pipe.image_encoder.config.hidden_size), np.float32)
+        if faces:
+            look = self.pipe.encode_faces(faces)[1][0].mean(dim=1).numpy()  # (K, T, C) -> (K, C)
+        return Found(bboxes, judge, coach, look)
 
     def read(
         self, image: np.ndarray, bboxes: Sequence[Sequence[float]], count: int
@@ -263,6 +270,8 @@ def score_picture(
             row[f"{who}.generated"] = getattr(made, who)[in_made[person]] if row["found"] else None
             row[f"{who}.target"] = getattr(truth.target, who)[at] if row["target_found"] else None
             row[f"{who}.reference"] = getattr(reference, who)[0] if row["target_found"] else None
+        row["look.generated"] = made.look[in_made[person]] if row["found"] else None
+        row["look.target"] = truth.target.look[at] if row["target_found"] else None
         rows.append(row)
     return rows
 
@@ -381,6 +390,16 @@ def copied_figures(rows: Sequence[dict]) -> dict:
     return out
 
 
+def _faces_distance(rows: Sequence[dict]) -> float | None:
+    """Kernel distance of the faces' looks to those of the targets: 0 where faces are as well drawn."""
+    made, real = (
+        [row[f"look.{of}"] for row in rows if row[f"look.{of}"] is not None] for of in ("generated", "target")
+    )
+    if min(len(made), len(real)) < 2:
+        return None
+    return round(metrics.kernel_distance(np.stack(made), np.stack(real)), 4)
+
+
 def summarize(rows: Sequence[dict]) -> dict:
     """All figures of one variant."""
     return {
@@ -388,6 +407,7 @@ def summarize(rows: Sequence[dict]) -> dict:
         "found": _mean(np.array([row["found"] for row in rows], float), [row["case"] for row in rows]),
         "pictures_with_extra_faces": len({row["case"] for row in rows if row["extra_faces"]}),
         "asked_number_of_faces": _by_people(rows),
+        "faces_kernel_distance": _faces_distance(rows),
         # Without a judge's weights there is no figure of the judge, and nothing stands in for it.
         "judge": identity_figures(rows, "judge") if JUDGE.exists() else None,
         "coach": identity_figures(rows, "coach"),
@@ -564,18 +584,19 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 
 
 def _run_defaults(args: argparse.Namespace) -> None:
-    """Scores what a call's None may mean, on validation people: whom defaults are chosen on."""
+    """Scores what a call's None may mean, by the coach on validation people: the judge chooses nothing."""
     if args.split != "validation":
         raise ValueError(f"`split` is {args.split!r}: nothing is chosen on test people, give validation.")
     cases, folder = _prepare(args)
     variants = {}
-    for steps, guidance, position in itertools.product(STEPS, GUIDANCE, POSITIONS):
+    for steps, guidance, min_sigma, position in itertools.product(STEPS, GUIDANCE, MIN_SIGMAS, POSITIONS):
         id_scale, siglip_scale = slider_scales(*position)
         place = f"similarity {position[0]:g}, diversity {position[1]:g}"
-        name = f"{steps} steps, true_cfg_scale {guidance:g}, {place}"
+        name = f"{steps} steps, true_cfg_scale {guidance:g} down to sigma {min_sigma:g}, {place}"
         variants[name] = {
             "num_inference_steps": steps,
             "true_cfg_scale": guidance,
+            "true_cfg_min_sigma": min_sigma,
             "faces_in_negative": False,
             "id_scale": id_scale,
             "siglip_scale": siglip_scale,
@@ -583,9 +604,10 @@ def _run_defaults(args: argparse.Namespace) -> None:
     folders = make_pictures(args.model, cases, args.work / f"pictures-{folder.name}", variants, args.workers)
     result: dict = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
     for name, figures in score(args.model, cases, folders, args.workers).items():
-        likeness = figures["judge"] or figures["coach"]
+        likeness = figures["coach"]
         result[name] = {
             "found": figures["found"],
+            "faces_kernel_distance": figures["faces_kernel_distance"],
             "sim_gt": likeness["sim_gt"],
             "right_of_200": likeness["right_of_200"],
             "copy_paste": likeness["copy_paste"],
