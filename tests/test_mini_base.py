@@ -98,6 +98,28 @@ def test_cached_tokens_are_the_pictures_and_their_mirror_images(data, picture_sh
     assert float((decoded[0] - original).abs().mean()) < 0.05
 
 
+def test_face_share_is_the_part_of_a_token_under_a_face():
+    # 24 x 20 pixels from (8, 16): half of column 0, all of column 1; all of row 1, a quarter of row 2.
+    bboxes = np.array([[[8, 16, 32, 36], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]], np.float32)
+    expected = torch.zeros(8, 8)
+    expected[1:3, :2] = torch.tensor([1, 0.25])[:, None] * torch.tensor([0.5, 1])
+    share = base.face_share(bboxes, PORTRAIT)
+    assert torch.equal(share[0].float().reshape(8, 8), expected)
+    assert torch.equal(share[1], torch.zeros(64, dtype=torch.float16))
+    mirrored = base.face_share(bboxes, PORTRAIT, mirrored=True)[0].float().reshape(8, 8)
+    assert torch.equal(mirrored, expected.flip(1))
+
+
+def test_a_faces_tokens_count_more(data, models):
+    values, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 7.0]])
+    assert float(base.weighted_mean(values, weights)) == pytest.approx(22 / 8)
+    losses = [
+        base.Trainer(data, models, seed=0, tokens_per_step=128, face_weight=weight).step(0, 0.0, 0.9)
+        for weight in (1.0, 8.0)
+    ]
+    assert losses[0] != losses[1]
+
+
 def test_refresh_takes_in_new_shards_once(picture_shards, vae, models, tmp_path):
     few = base.LatentPictures(picture_shards, tmp_path, "train", vae, models)
     assert few.count(PORTRAIT) == 8

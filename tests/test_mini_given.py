@@ -40,14 +40,15 @@ def test_faces_are_those_of_the_pictures(data):
 
 
 def test_a_batch_has_each_pictures_own_people(data):
-    tokens, _, faces = data.draw(PAIR, 6, np.random.default_rng(0), with_faces=True)
+    drawn = data.draw(PAIR, 6, np.random.default_rng(0), with_faces=True)
+    tokens, faces = drawn.tokens, drawn.faces
     shard = data.shards[PAIR][0]
     for row, boxes in enumerate(faces.bboxes):
         picture = next(i for i, t in enumerate(shard["tokens"]) if torch.equal(t.float(), tokens[row]))
         assert boxes == shard["bboxes"][picture, : shard["count"][picture]].tolist()
         for place in range(len(boxes)):
             assert torch.equal(faces.embeddings[row, place], shard["embeddings"][picture, place].float())
-    assert data.draw(PAIR, 6, np.random.default_rng(0))[2] is None
+    assert data.draw(PAIR, 6, np.random.default_rng(0)).faces is None
 
 
 def test_scales_see_every_place_of_the_sliders():
@@ -123,7 +124,7 @@ def test_compiled_blocks_with_faces_equal_plain_ones(data):
             torch.nn.init.normal_(
                 parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel())
             )
-    faces = data.draw(PORTRAIT, 2, np.random.default_rng(3), with_faces=True)[2]
+    faces = data.draw(PORTRAIT, 2, np.random.default_rng(3), with_faces=True).faces
     inputs = base.position_ids(PORTRAIT, 24)
     outputs = []
     for trainer in (plain, compiled):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +66,9 @@ SHARES = {
     pictures.WIDE_GROUP: (0.02, 0.04),
 }
 SHARES_SETTLE = 3000
+#: How much more a token of a face counts in the loss than any other: faces are a tenth of a picture, and what
+#: people look at.
+FACE_WEIGHT = 8.0
 FACE_SHARE = 0.8  # of batches whose people are given by their faces, where an adapter learns along
 
 
@@ -130,25 +134,45 @@ def pack(latents: Tensor) -> Tensor:
     return FluxPipeline._pack_latents(latents, batch, channels, height, width)
 
 
+def face_share(bboxes: np.ndarray, bucket: Bucket, mirrored: bool = False) -> Tensor:
+    """How much of each token's 16 x 16 pixels lies in a face's box: (N, T) fp16 in [0, 1].
+
+    bboxes: (N, P, 4) xyxy pixels, zeros where nobody is. mirrored: of the pictures flipped left to right.
+    """
+
+    def overlap(low: np.ndarray, high: np.ndarray, size: int) -> np.ndarray:
+        start = np.arange(0, size, PATCH)
+        inside = np.minimum(high[..., None], start + PATCH) - np.maximum(low[..., None], start)
+        return np.clip(inside / PATCH, 0, 1)  # (N, P, size / 16)
+
+    left, top, right, bottom = np.moveaxis(bboxes.astype(np.float64), -1, 0)
+    across = overlap(left, right, bucket.width)
+    across = across[..., ::-1] if mirrored else across
+    share = (overlap(top, bottom, bucket.height)[..., None] * across[..., None, :]).max(axis=1)
+    return torch.from_numpy(share.reshape(len(share), -1)).half()
+
+
 @torch.no_grad()
 def encode_shard(
     path: Path, cache: Path, vae: PatchAutoencoder, models: TextModels, mirror: bool
 ) -> dict[str, Tensor]:
-    """A shard's pictures as tokens (N, T, 96) fp16 and its captions as ids (N, K, 64) uint8; kept in `cache`.
+    """A shard's pictures as tokens (N, T, 96) fp16, their `face_share` (N, T) fp16 and captions as ids
+    (N, K, 64) uint8; kept in `cache`.
 
     mirror: the pictures flipped left to right as well, with captions to match: twice the pictures.
     """
     kept = cache / path.name
     if not kept.exists():
-        shard, captions = pictures.read_shard(path, "pixels", "attributes", "setting")
+        shard, captions = pictures.read_shard(path, "pixels", "bboxes", "attributes", "setting")
         number = int(path.stem.split("_")[1])
-        tokens, ids = [], []
+        tokens, ids, shares = [], [], []
         for mirrored in (False, True) if mirror else (False,):
             for start in range(0, len(shard["pixels"]), 50):
                 images = shard["pixels"][start : start + 50]
                 x = to_tensor(np.ascontiguousarray(images[:, :, ::-1]) if mirrored else images)
                 latents = vae.encode(x).latent_dist.mode()
                 tokens.append(pack((latents - vae.config.shift_factor) * vae.config.scaling_factor).half())
+            shares.append(face_share(shard["bboxes"], pictures.bucket_of(number), mirrored))
             if mirror:
                 rng = np.random.default_rng((number, mirrored))
                 captions = pictures.captions_from_attributes(shard, CAPTIONS, rng, mirrored)
@@ -156,10 +180,20 @@ def encode_shard(
             ids.append(torch.stack(told, dim=1).to(torch.uint8))
         cache.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(".partial")
-        save_file({"tokens": torch.cat(tokens), "token_ids": torch.cat(ids)}, partial)
+        joined = {"tokens": tokens, "token_ids": ids, "face_share": shares}
+        save_file({name: torch.cat(parts) for name, parts in joined.items()}, partial)
         partial.replace(kept)
     with safe_open(kept, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in ("tokens", "token_ids")}
+        return {name: file.get_tensor(name) for name in ("tokens", "token_ids", "face_share")}
+
+
+class Drawn(NamedTuple):
+    """A batch of pictures."""
+
+    tokens: Tensor  # (B, T, 96) fp32
+    token_ids: Tensor  # (B, 64): one of the picture's captions
+    face_share: Tensor  # (B, T) fp32, of `face_share`
+    faces: GivenFaces | None
 
 
 class LatentPictures:
@@ -198,20 +232,20 @@ class LatentPictures:
 
     def draw(
         self, bucket: Bucket, batch_size: int, rng: np.random.Generator, with_faces: bool = False
-    ) -> tuple[Tensor, Tensor, GivenFaces | None]:
-        """Tokens (B, T, 96) fp32 and caption ids (B, 64) of random pictures, one of their captions each.
-
-        with_faces: and the faces of their people, which mirrored pictures don't have.
-        """
+    ) -> Drawn:
+        """Random pictures; with_faces: and the faces of their people, which mirrored pictures don't have."""
         shards = self.shards[bucket]
         chosen = [shards[s] for s in rng.integers(len(shards), size=batch_size)]
         rows = [int(rng.integers(len(shard["count" if with_faces else "tokens"]))) for shard in chosen]
         which = [int(rng.integers(shard["token_ids"].shape[1])) for shard in chosen]
-        tokens = torch.stack([shard["tokens"][row] for shard, row in zip(chosen, rows, strict=True)]).float()
+        tokens, shares = (
+            torch.stack([shard[name][row] for shard, row in zip(chosen, rows, strict=True)]).float()
+            for name in ("tokens", "face_share")
+        )
         ids = torch.stack(
             [shard["token_ids"][row, k] for shard, row, k in zip(chosen, rows, which, strict=True)]
         )
-        return tokens, ids.long(), GivenFaces.of_rows(chosen, rows) if with_faces else None
+        return Drawn(tokens, ids.long(), shares, GivenFaces.of_rows(chosen, rows) if with_faces else None)
 
 
 def bucket_shares(step: int) -> np.ndarray:
@@ -383,10 +417,11 @@ class Trainer:
         compiled: bool = False,
         face_share: float = FACE_SHARE,
         init_adapter: Path | None = None,
+        face_weight: float = FACE_WEIGHT,
     ) -> None:
         torch.manual_seed(seed)
         self.data, self.models, self.seed, self.tokens_per_step = data, models, seed, tokens_per_step
-        self.face_share = face_share
+        self.face_share, self.face_weight = face_share, face_weight
         self.model = FluxTransformer2DModel(**transformer_config(data.vae.config.latent_channels))
         if init_from is not None:
             self.model.load_state_dict(FluxTransformer2DModel.from_pretrained(init_from).state_dict())
@@ -414,7 +449,7 @@ class Trainer:
             bucket = pictures.PORTRAIT
         batch_size = batch_size_of(bucket, self.tokens_per_step)
         with_faces = self.adapter is not None and rng.random() < self.face_share
-        latents, token_ids, given = self.data.draw(bucket, batch_size, rng, with_faces)
+        latents, token_ids, shares, given = self.data.draw(bucket, batch_size, rng, with_faces)
         dropped = torch.from_numpy(rng.random(batch_size) < TEXT_DROPOUT)
         token_ids = torch.where(dropped[:, None], self.empty_ids, token_ids)
         text_length = text_length_of(bucket, rng)
@@ -430,7 +465,8 @@ class Trainer:
                 faces = given.encode(self.adapter, bucket, draw_scales(batch_size, rng))
         position = position_ids(bucket, text_length)
         velocity = velocity_of(self.model, noisy_latents, sigma, (states, pooled), position, faces)
-        loss = (velocity - flow.velocity(latents, noise)).pow(2).mean()
+        error = (velocity - flow.velocity(latents, noise)).pow(2).mean(dim=-1)  # (B, T)
+        loss = weighted_mean(error, 1 + (self.face_weight - 1) * shares)
         # 4. The step.
         parameters = [p for group in self.optimizers.param_groups for p in group["params"]]
         for parameter in parameters:
@@ -448,6 +484,7 @@ class Trainer:
     def loop(self, folder: Path, steps: int, name: str) -> TrainingLoop:
         """The resumable loop over this trainer's state."""
         config = {"part": name, "seed": self.seed, "tokens_per_step": self.tokens_per_step}
+        config["face_weight"] = self.face_weight
         modules = {"transformer": self.model, "average": self.average}
         if self.adapter is not None:
             modules |= {"adapter": self.adapter, "adapter_average": self.adapter_average}
@@ -455,6 +492,11 @@ class Trainer:
         loop = TrainingLoop(folder, OPEN_END, modules, self.optimizers, config, writes=rank() == 0)
         loop.steps = steps
         return loop
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of `values`, each counted by its weight."""
+    return (values * weights).sum() / weights.sum()
 
 
 def face_kwargs(faces: FaceConditioning | None) -> dict[str, FaceConditioning] | None:
@@ -505,7 +547,8 @@ def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float],
         for step in loop:
             if step % 100 == 0:
                 trainer.data.refresh()
-            decay = min(0.998, (1 + first + step) / (10 + first + step))
+            # By this loop's own steps: an average as long as a short run would hold on to where it began.
+            decay = min(0.998, (1 + step) / (10 + step))
             loss = trainer.step(first + step, rate(step), decay)
             loop.log(loss=loss)
             every(step + 1)
@@ -525,8 +568,8 @@ def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float],
 def held_out_errors(
     model: FluxTransformer2DModel, data: LatentPictures, count: int = 48, adapter: FaceAdapter | None = None
 ) -> dict[str, dict[str, float]]:
-    """Mean squared error of the velocity at SIGMAS for the main buckets, always on the same pictures and
-    noise; `adapter`: with their people given by their faces."""
+    """Mean squared error of the velocity at SIGMAS for the main buckets, over whole pictures and over faces
+    alone, always on the same pictures and noise; `adapter`: with their people given by their faces."""
     model.eval()
     result: dict[str, dict[str, float]] = {}
     for name, bucket in (
@@ -535,18 +578,20 @@ def held_out_errors(
         ("groups", pictures.GROUP),
     ):
         size = max(8, count * 64 // bucket.num_tokens)
-        latents, token_ids, given = data.draw(bucket, size, np.random.default_rng(0), adapter is not None)
+        drawn = data.draw(bucket, size, np.random.default_rng(0), adapter is not None)
+        latents, token_ids, shares, given = drawn
         states, pooled = data.models.encode(token_ids, text.MAX_TEXT_TOKENS)
         position = position_ids(bucket, text.MAX_TEXT_TOKENS)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         faces = None if given is None else given.encode(adapter, bucket)
-        result[name] = {}
+        result[name], result[f"{name}, faces"] = {}, {}
         for sigma in SIGMAS:
             noisy_latents = flow.noisy_latents(latents, noise, sigma)
             level = torch.full((size,), sigma)
             velocity = velocity_of(model, noisy_latents, level, (states, pooled), position, faces)
-            error = (velocity - flow.velocity(latents, noise)).pow(2).mean()
-            result[name][f"sigma {sigma}"] = round(float(error), 4)
+            error = (velocity - flow.velocity(latents, noise)).pow(2).mean(dim=-1)
+            result[name][f"sigma {sigma}"] = round(float(error.mean()), 4)
+            result[f"{name}, faces"][f"sigma {sigma}"] = round(float(weighted_mean(error, shares)), 4)
     model.train()
     return result
 
@@ -725,6 +770,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an adapter learns along, people given by their faces",
     )
     parser.add_argument("--face-share", type=float, default=FACE_SHARE, help="batches with people given")
+    parser.add_argument(
+        "--face-weight",
+        type=float,
+        default=FACE_WEIGHT,
+        help="of a face's tokens in the loss; 1: as all others",
+    )
     parser.add_argument("--no-compile", action="store_true", help="blocks as they are: no compiler")
 
 
@@ -742,7 +793,7 @@ def _run(args: argparse.Namespace) -> None:
     captions = sheet_captions(args.pictures)
     trainer = Trainer(
         data, models, args.seed, args.tokens_per_step, args.init_from, compiled=not args.no_compile,
-        face_share=args.face_share, init_adapter=args.init_adapter,
+        face_share=args.face_share, init_adapter=args.init_adapter, face_weight=args.face_weight,
     )  # fmt: skip
 
     def errors(count: int) -> dict[str, object]:
