@@ -156,23 +156,21 @@ def face_share(bboxes: np.ndarray, bucket: Bucket, mirrored: bool = False) -> Te
 def encode_shard(
     path: Path, cache: Path, vae: PatchAutoencoder, models: TextModels, mirror: bool
 ) -> dict[str, Tensor]:
-    """A shard's pictures as tokens (N, T, 96) fp16, their `face_share` (N, T) fp16 and captions as ids
-    (N, K, 64) uint8; kept in `cache`.
+    """A shard's pictures as tokens (N, T, 96) fp16 and its captions as ids (N, K, 64) uint8; kept in `cache`.
 
     mirror: the pictures flipped left to right as well, with captions to match: twice the pictures.
     """
     kept = cache / path.name
     if not kept.exists():
-        shard, captions = pictures.read_shard(path, "pixels", "bboxes", "attributes", "setting")
+        shard, captions = pictures.read_shard(path, "pixels", "attributes", "setting")
         number = int(path.stem.split("_")[1])
-        tokens, ids, shares = [], [], []
+        tokens, ids = [], []
         for mirrored in (False, True) if mirror else (False,):
             for start in range(0, len(shard["pixels"]), 50):
                 images = shard["pixels"][start : start + 50]
                 x = to_tensor(np.ascontiguousarray(images[:, :, ::-1]) if mirrored else images)
                 latents = vae.encode(x).latent_dist.mode()
                 tokens.append(pack((latents - vae.config.shift_factor) * vae.config.scaling_factor).half())
-            shares.append(face_share(shard["bboxes"], pictures.bucket_of(number), mirrored))
             if mirror:
                 rng = np.random.default_rng((number, mirrored))
                 captions = pictures.captions_from_attributes(shard, CAPTIONS, rng, mirrored)
@@ -180,11 +178,10 @@ def encode_shard(
             ids.append(torch.stack(told, dim=1).to(torch.uint8))
         cache.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(".partial")
-        joined = {"tokens": tokens, "token_ids": ids, "face_share": shares}
-        save_file({name: torch.cat(parts) for name, parts in joined.items()}, partial)
+        save_file({"tokens": torch.cat(tokens), "token_ids": torch.cat(ids)}, partial)
         partial.replace(kept)
     with safe_open(kept, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in ("tokens", "token_ids", "face_share")}
+        return {name: file.get_tensor(name) for name in ("tokens", "token_ids")}
 
 
 class Drawn(NamedTuple):
@@ -222,6 +219,9 @@ class LatentPictures:
                 self.seen.add(path.name)
                 bucket = bucket_of_path(path)
                 shard = encode_shard(path, self.cache, self.vae, self.models, mirror)
+                bboxes = pictures.read_shard(path, "bboxes")[0]["bboxes"]
+                sides = (False, True) if mirror else (False,)
+                shard["face_share"] = torch.cat([face_share(bboxes, bucket, side) for side in sides])
                 if self.face_models is not None:
                     shard |= encode_faces(path, self.cache, self.face_models)
                 self.shards[bucket].append(shard)
@@ -483,8 +483,12 @@ class Trainer:
 
     def loop(self, folder: Path, steps: int, name: str) -> TrainingLoop:
         """The resumable loop over this trainer's state."""
-        config = {"part": name, "seed": self.seed, "tokens_per_step": self.tokens_per_step}
-        config["face_weight"] = self.face_weight
+        config = {
+            "part": name,
+            "seed": self.seed,
+            "tokens_per_step": self.tokens_per_step,
+            "face_weight": self.face_weight,
+        }
         modules = {"transformer": self.model, "average": self.average}
         if self.adapter is not None:
             modules |= {"adapter": self.adapter, "adapter_average": self.adapter_average}
