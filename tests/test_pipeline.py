@@ -305,6 +305,21 @@ def test_true_guidance_takes_an_empty_negative_prompt(pipe):
     assert not np.allclose(guided, run(pipe, faces=faces), atol=1e-3)
 
 
+def velocity_of(pipe, latents, sigma, prompt, conditioning):
+    """What the transformer alone makes of `latents` (1, 16, 16) at `sigma`."""
+    embeds, pooled, text_ids = pipe.encode_prompt(prompt, max_sequence_length=512)
+    return pipe.transformer(
+        hidden_states=latents,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        timestep=torch.full((1,), sigma),
+        guidance=torch.full((1,), 4.0),
+        img_ids=pipe._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+        txt_ids=text_ids,
+        joint_attention_kwargs={"ip_hidden_states": conditioning},
+    ).sample
+
+
 @pytest.mark.parametrize("faces_in_negative", [True, False])
 def test_guidance_acts_down_to_its_least_sigma(pipe, faces_in_negative):
     """Three steps, guidance in the first: that one is the guided run's, the others have one pass each."""
@@ -331,20 +346,9 @@ def test_guidance_acts_down_to_its_least_sigma(pipe, faces_in_negative):
     finally:
         handle.remove()
     assert torch.equal(partly[0], guided[0]) and not torch.allclose(partly[1], guided[1], atol=1e-4)
-    embeds, pooled, text_ids = pipe.encode_prompt("two people", max_sequence_length=512)
+    conditioning = pipe.face_adapter.encode(*pipe.encode_faces(faces), [BOXES], 64, 64)
     for step in (1, 2):
-        velocity = pipe.transformer(
-            hidden_states=partly[step - 1],
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            timestep=torch.full((1,), sigmas[step]),
-            guidance=torch.full((1,), 4.0),
-            img_ids=pipe._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
-            txt_ids=text_ids,
-            joint_attention_kwargs={
-                "ip_hidden_states": pipe.face_adapter.encode(*pipe.encode_faces(faces), [BOXES], 64, 64)
-            },
-        ).sample
+        velocity = velocity_of(pipe, partly[step - 1], sigmas[step], "two people", conditioning)
         expected = partly[step - 1] + (sigmas[step + 1] - sigmas[step]) * velocity
         assert (partly[step] - expected).abs().max() < 1e-5
     # Nothing stays behind.
@@ -367,23 +371,8 @@ def test_faces_act_in_the_passes_they_should(pipe, faces_in_negative):
         negative_prompt="xyz",
     )
     conditioning = pipe.face_adapter.encode(*pipe.encode_faces(faces), [BOXES], 64, 64)
-    ids = pipe._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
-
-    def velocity(prompt, conditioning):
-        embeds, pooled, text_ids = pipe.encode_prompt(prompt, max_sequence_length=512)
-        return pipe.transformer(
-            hidden_states=noise,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            timestep=torch.ones(1),
-            guidance=torch.full((1,), 4.0),
-            img_ids=ids,
-            txt_ids=text_ids,
-            joint_attention_kwargs={"ip_hidden_states": conditioning},
-        ).sample
-
-    positive = velocity("two people", conditioning)
-    negative = velocity("xyz", conditioning if faces_in_negative else None)
+    positive = velocity_of(pipe, noise, 1.0, "two people", conditioning)
+    negative = velocity_of(pipe, noise, 1.0, "xyz", conditioning if faces_in_negative else None)
     expected = noise - (negative + scale * (positive - negative))
     assert np.abs(latents - expected.numpy()).max() < 1e-5
     # Nothing stays behind.
