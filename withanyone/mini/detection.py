@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from withanyone.bench.metrics import box_iou
 from withanyone.precision import cpu_autocast
 
 from .faceset import Scene
@@ -273,15 +274,6 @@ def to_input(pictures: np.ndarray) -> Tensor:
 # ---- inference and figures
 
 
-def box_iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union of a box (4,) with boxes (N, 4)."""
-    width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0])
-    height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1])
-    overlap = np.clip(width, 0, None) * np.clip(height, 0, None)
-    areas = (others[:, 2] - others[:, 0]) * (others[:, 3] - others[:, 1])
-    return overlap / ((box[2] - box[0]) * (box[3] - box[1]) + areas - overlap + 1e-9)
-
-
 @torch.no_grad()
 def detect(detector: FaceDetector, pictures: np.ndarray, threshold: float) -> list[tuple[np.ndarray, ...]]:
     """Per picture of (B, S, S, 3) uint8: bboxes (F, 4), kps (F, 5, 2), scores (F,), best first, after NMS."""
@@ -303,7 +295,7 @@ def detect(detector: FaceDetector, pictures: np.ndarray, threshold: float) -> li
         while len(order):
             first, order = order[0], order[1:]
             kept.append(first)
-            order = order[box_iou(boxes[first], boxes[order]) <= NMS_THRESHOLD]
+            order = order[box_iou(boxes[first], boxes[order])[0] <= NMS_THRESHOLD]
         result.append((boxes[kept], kps[kept], scores[kept]))
     return result
 
@@ -331,7 +323,7 @@ class DetectionCount:
         heights = bboxes[:, 3] - bboxes[:, 1]
         false = 0
         for bbox, points in zip(found_bboxes, found_kps, strict=True):
-            overlaps = np.where(free, box_iou(bbox, bboxes), -1.0) if len(bboxes) else np.zeros(0)
+            overlaps = np.where(free, box_iou(bbox, bboxes)[0], -1.0) if len(bboxes) else np.zeros(0)
             if not len(overlaps) or overlaps.max() <= 0.5:
                 false += 1
                 continue

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arcface import Recognizer as OnnxRecognizer
+from ..bench.metrics import box_iou
 from ..faces import FaceAnalyzer
 from .detection import (
     DetectionCount,
     DetectorSettings,
     FaceDetector,
-    box_iou,
     evaluate,
     export_detector,
     train_detector,
@@ -292,7 +292,7 @@ def run_figures(args: argparse.Namespace) -> None:
         bboxes = np.array([face.bbox for face in found]).reshape(-1, 4)
         count.add(scene.bboxes, scene.kps, bboxes, np.array([face.kps for face in found]).reshape(-1, 5, 2))
         for face in found:
-            overlaps = box_iou(face.bbox, scene.bboxes) if len(people) else np.zeros(1)
+            overlaps = box_iou(face.bbox, scene.bboxes)[0] if len(people) else np.zeros(1)
             if overlaps.max() > 0.5:
                 found_embeddings.append(face.embedding)
                 found_labels.append(people[overlaps.argmax()])
