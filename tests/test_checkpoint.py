@@ -289,6 +289,9 @@ def test_folder_out_and_in_is_bit_equal_with_its_config(tmp_path, state):
         assert torch.equal(a, b)
     again.save_single_file(tmp_path / "out.safetensors")
     assert_same(load_file(tmp_path / "out.safetensors"), state)
+    # where it was read from stays here: nobody's folders are told with a release
+    again.save_pretrained(tmp_path / "again")
+    assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

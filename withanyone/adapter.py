@@ -22,6 +22,7 @@ The conditioning is an argument of the transformer's call, never state of the ad
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -480,6 +481,12 @@ class FaceAdapter(ModelMixin, ConfigMixin):
             )
 
     # Files
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: without the path it was read from, which tells about a machine."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
