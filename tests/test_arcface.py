@@ -354,6 +354,18 @@ def test_it_computes_in_the_dtype_it_is_cast_to(pack):
     assert F.cosine_similarity(half.float(), exact).min() > 0.99
 
 
+def test_hidden_states_are_the_feature_maps_on_the_way(tmp_path):
+    net = tiny_faces.iresnet((2, 1, 2, 1), width=8)
+    recognizer = Recognizer.from_onnx(export(net, tmp_path / "narrow.onnx"))
+    faces = tiny_faces.painted_batch(range(3))
+    maps, embeddings = recognizer.hidden_states(faces)
+    assert torch.equal(embeddings, recognizer(faces))
+    x = net.prelu(net.bn1(net.conv1(faces)))
+    for block, found in zip(net.blocks, maps, strict=True):
+        x = block(x)
+        assert relative(found, x) < 1e-4
+
+
 def test_detected_embedding_equals_the_differentiable_one(pack):
     """FaceAnalyzer and the torch path see the same face, but for the warp's rounding to whole values."""
     analyzer = FaceAnalyzer.from_pretrained(pack)

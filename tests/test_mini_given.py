@@ -74,6 +74,39 @@ def test_both_learn_where_faces_are_given_and_the_base_alone_where_not(data):
     assert trainer.model.proj_out.weight.grad.abs().sum() > 0
 
 
+def test_feature_loss_is_nothing_on_the_target_and_has_true_gradients(data):
+    recognizer = data.face_models.recognizer
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand((2, 3, 64, 64), generator=generator) * 2 - 1
+    kps = torch.tensor([[20.0, 25], [44, 25], [32, 38], [23, 48], [41, 48]]).repeat(2, 1, 1)
+    assert given.feature_loss(recognizer, targets, targets, kps).abs() < 1e-6
+    pictures = (targets * 0.7).requires_grad_(True)
+    loss = given.feature_loss(recognizer, pictures, targets, kps)
+    assert loss > 0.01
+    (gradient,) = torch.autograd.grad(loss, pictures)
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        ahead, behind = (
+            given.feature_loss(recognizer, pictures + sign * 0.05 * direction, targets, kps)
+            for sign in (1, -1)
+        )
+    assert float((ahead - behind) / 0.1) == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+def test_features_of_faces_count_where_noise_is_low(data):
+    trainer = make_trainer(data)
+    drawn = data.draw(PAIR, 2, np.random.default_rng(0), with_faces=True)
+    estimate = (drawn.tokens + 0.3).requires_grad_(True)
+    low, high = base.FEATURE_MAX_SIGMA, base.FEATURE_MAX_SIGMA + 0.1
+    loss = trainer.feature_loss(estimate, drawn.tokens, torch.tensor([low, high]), drawn.faces, PAIR)
+    (gradient,) = torch.autograd.grad(loss, estimate)
+    assert gradient[0].abs().sum() > 0 and gradient[1].abs().sum() == 0
+    near = torch.nn.functional.max_pool2d(drawn.face_share[0].view(1, 12, 12), 3, 1, 1).view(-1) > 0
+    assert not near.all() and gradient[0][near].abs().sum() > 0.99 * gradient[0].abs().sum()
+    nothing = trainer.feature_loss(estimate, drawn.tokens, torch.tensor([high, high]), drawn.faces, PAIR)
+    assert nothing == 0
+
+
 def test_a_run_in_two_parts_is_a_run_in_one(data, tmp_path):
     whole, first = make_trainer(data), make_trainer(data)
     for step in whole.loop(tmp_path / "whole", 4, "x"):

@@ -133,6 +133,16 @@ class Recognizer(nn.Module):
             self.register_buffer(f"weight_{i}", value)
 
     def forward(self, aligned_faces: Tensor) -> Tensor:
+        return self._run(aligned_faces)
+
+    def hidden_states(self, aligned_faces: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The feature maps that end the residual blocks, (B, C, h, w) each, coarser from first to last, and
+        the embeddings (B, 512) that they lead to."""
+        maps: list[Tensor] = []
+        embeddings = self._run(aligned_faces, maps)
+        return maps, embeddings
+
+    def _run(self, aligned_faces: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         if aligned_faces.ndim != 4 or aligned_faces.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"`aligned_faces` has shape {tuple(aligned_faces.shape)}: give (B, 3, {self.size}, "
@@ -141,7 +151,9 @@ class Recognizer(nn.Module):
         values = {name: getattr(self, buffer) for name, buffer in self._buffer_of.items()}
         values[self._input_name] = aligned_faces.to(self.dtype)
         for node in self._nodes:
-            values[node.output] = node.run(*(values[name] if name else None for name in node.inputs))
+            result = values[node.output] = node.run(*(values[name] if name else None for name in node.inputs))
+            if maps is not None and node.op == "Add" and result.ndim == 4:
+                maps.append(result)
             for name in node.frees:
                 del values[name]
         return values[self._output_name]  # (B, 512)

@@ -40,7 +40,7 @@ from withanyone.faces import FaceAnalyzer
 from withanyone.precision import cpu_autocast, make_muon
 
 from . import pictures, text
-from .given import FaceModels, GivenFaces, draw_scales, encode_faces, new_adapter
+from .given import FaceModels, GivenFaces, draw_scales, encode_faces, feature_loss, new_adapter
 from .latents import PatchAutoencoder, to_tensor
 from .loop import TrainingLoop, step_rng
 from .parts import RUNS, add_part_arguments, export_adapter, start_part, write_figures
@@ -69,6 +69,10 @@ SHARES_SETTLE = 3000
 #: How much more a token of a face counts in the loss than any other: faces are a tenth of a picture, and what
 #: people look at.
 FACE_WEIGHT = 8.0
+#: Of how a face's clean estimate looks to the recogniser, where noise is low enough for it to be a face.
+FEATURE_WEIGHT = 0.1
+FEATURE_MAX_SIGMA = 0.5
+FEATURE_FACES = 24  # a step and process
 FACE_SHARE = 0.8  # of batches whose people are given by their faces, where an adapter learns along
 
 
@@ -132,6 +136,12 @@ def pack(latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> FLUX tokens (B, h/2 * w/2, 4C), as FluxPipeline packs them."""
     batch, channels, height, width = latents.shape
     return FluxPipeline._pack_latents(latents, batch, channels, height, width)
+
+
+def decode_tokens(vae: PatchAutoencoder, tokens: Tensor, bucket: Bucket) -> Tensor:
+    """FLUX tokens (B, T, 96) -> pictures (B, 3, H, W), about [-1, 1]. Gradients flow through."""
+    latents = FluxPipeline._unpack_latents(tokens, bucket.height, bucket.width, 8)
+    return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
 
 
 def face_share(bboxes: np.ndarray, bucket: Bucket, mirrored: bool = False) -> Tensor:
@@ -219,11 +229,13 @@ class LatentPictures:
                 self.seen.add(path.name)
                 bucket = bucket_of_path(path)
                 shard = encode_shard(path, self.cache, self.vae, self.models, mirror)
-                bboxes = pictures.read_shard(path, "bboxes")[0]["bboxes"]
+                known = pictures.read_shard(path, "bboxes", "kps")[0]
+                bboxes = known["bboxes"]
                 sides = (False, True) if mirror else (False,)
                 shard["face_share"] = torch.cat([face_share(bboxes, bucket, side) for side in sides])
                 if self.face_models is not None:
                     shard |= encode_faces(path, self.cache, self.face_models)
+                    shard["kps"] = torch.from_numpy(known["kps"])
                 self.shards[bucket].append(shard)
 
     def count(self, bucket: Bucket) -> int:
@@ -418,10 +430,12 @@ class Trainer:
         face_share: float = FACE_SHARE,
         init_adapter: Path | None = None,
         face_weight: float = FACE_WEIGHT,
+        feature_weight: float = FEATURE_WEIGHT,
     ) -> None:
         torch.manual_seed(seed)
         self.data, self.models, self.seed, self.tokens_per_step = data, models, seed, tokens_per_step
         self.face_share, self.face_weight = face_share, face_weight
+        self.feature_weight = feature_weight
         self.model = FluxTransformer2DModel(**transformer_config(data.vae.config.latent_channels))
         if init_from is not None:
             self.model.load_state_dict(FluxTransformer2DModel.from_pretrained(init_from).state_dict())
@@ -467,6 +481,9 @@ class Trainer:
         velocity = velocity_of(self.model, noisy_latents, sigma, (states, pooled), position, faces)
         error = (velocity - flow.velocity(latents, noise)).pow(2).mean(dim=-1)  # (B, T)
         loss = weighted_mean(error, 1 + (self.face_weight - 1) * shares)
+        if given is not None and self.feature_weight:
+            denoised = flow.denoised(noisy_latents, velocity, sigma)
+            loss = loss + self.feature_weight * self.feature_loss(denoised, latents, sigma, given, bucket)
         # 4. The step.
         parameters = [p for group in self.optimizers.param_groups for p in group["params"]]
         for parameter in parameters:
@@ -481,6 +498,26 @@ class Trainer:
             update_average(self.adapter_average, self.adapter, average_decay)
         return loss.item()
 
+    def feature_loss(
+        self, denoised: Tensor, latents: Tensor, sigma: Tensor, given: GivenFaces, bucket: Bucket
+    ) -> Tensor:
+        """`feature_loss` of the faces in the clean estimate beside those in the clean latents,
+        (B, T, 96) both, of the pictures whose noise is low; 0 where none is."""
+        low = (sigma <= FEATURE_MAX_SIGMA).tolist()
+        chosen = [(b, f) for b, kps in enumerate(given.kps) if low[b] for f in range(len(kps))]
+        chosen = chosen[:FEATURE_FACES]
+        if not chosen:
+            return denoised.sum() * 0
+        rows = sorted({b for b, _ in chosen})
+        place = [rows.index(b) for b, _ in chosen]
+        kps = torch.stack([given.kps[b][f] for b, f in chosen]).float()
+        with cpu_autocast():
+            made = decode_tokens(self.data.vae, denoised[rows], bucket)
+            with torch.no_grad():
+                targets = decode_tokens(self.data.vae, latents[rows], bucket)
+        recognizer = self.data.face_models.recognizer
+        return feature_loss(recognizer, made[place].float(), targets[place].float(), kps)
+
     def loop(self, folder: Path, steps: int, name: str) -> TrainingLoop:
         """The resumable loop over this trainer's state."""
         config = {
@@ -488,6 +525,7 @@ class Trainer:
             "seed": self.seed,
             "tokens_per_step": self.tokens_per_step,
             "face_weight": self.face_weight,
+            "feature_weight": self.feature_weight,
         }
         modules = {"transformer": self.model, "average": self.average}
         if self.adapter is not None:
@@ -632,8 +670,7 @@ def sample(
         )
         velocity = untold + guidance * (told - untold)
         latents = sampler.step(velocity, timestep, latents, return_dict=False)[0]
-    unpacked = FluxPipeline._unpack_latents(latents, bucket.height, bucket.width, 8)
-    x = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
+    x = decode_tokens(vae, latents, bucket).clamp(-1, 1)
     return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
 
 
@@ -780,6 +817,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=FACE_WEIGHT,
         help="of a face's tokens in the loss; 1: as all others",
     )
+    parser.add_argument(
+        "--feature-weight",
+        type=float,
+        default=FEATURE_WEIGHT,
+        help="of how given faces look to the recogniser; 0: not at all",
+    )
     parser.add_argument("--no-compile", action="store_true", help="blocks as they are: no compiler")
 
 
@@ -789,7 +832,8 @@ def _run(args: argparse.Namespace) -> None:
     # Plain products in bf16 are faster on a CPU than the fused attention at these sizes.
     torch.backends.cuda.enable_flash_sdp(False)
     models = TextModels.from_pretrained(args.pretrained)
-    vae = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32).eval()
+    vae = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32)
+    vae.eval().requires_grad_(False)
     cache = args.out / "latents"
     face_models = FaceModels.from_pretrained(args.pretrained) if args.with_faces else None
     data = LatentPictures(args.pictures, cache, "train", vae, models, face_models)
@@ -798,6 +842,7 @@ def _run(args: argparse.Namespace) -> None:
     trainer = Trainer(
         data, models, args.seed, args.tokens_per_step, args.init_from, compiled=not args.no_compile,
         face_share=args.face_share, init_adapter=args.init_adapter, face_weight=args.face_weight,
+        feature_weight=args.feature_weight,
     )  # fmt: skip
 
     def errors(count: int) -> dict[str, object]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -107,6 +108,7 @@ class GivenFaces:
     embeddings: Tensor  # (B, F, 512)
     features: Tensor  # (B, F, 49, 128)
     bboxes: list[list[list[float]]]
+    kps: list[Tensor]  # (F of the picture, 5, 2) each: true landmarks
 
     @classmethod
     def of_rows(cls, shards: list[dict[str, Tensor]], rows: list[int]) -> GivenFaces:
@@ -126,7 +128,8 @@ class GivenFaces:
             shard["bboxes"][row][:number].tolist()
             for shard, row, number in zip(shards, rows, count, strict=True)
         ]
-        return cls(stack("embeddings"), stack("features"), bboxes)
+        kps = [shard["kps"][row][:number] for shard, row, number in zip(shards, rows, count, strict=True)]
+        return cls(stack("embeddings"), stack("features"), bboxes, kps)
 
     def encode(
         self, adapter: FaceAdapter, bucket: Bucket, scales: tuple[Tensor, Tensor] | None = None
@@ -153,3 +156,26 @@ def draw_scales(batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tens
         pairs.append(slider_scales(similarity, float(side < 0.5) if corner < CORNER_SHARE else between))
     id_scale, siglip_scale = torch.tensor(pairs).T
     return id_scale, siglip_scale
+
+
+# How a face looks
+
+
+def feature_loss(recognizer: Recognizer, pictures: Tensor, targets: Tensor, kps: Tensor) -> Tensor:
+    """How far faces are from their targets as a recogniser sees them, part by part and as a whole: ().
+
+    A perceptual loss on clean estimates (as arXiv 2411.04873 has by the decoder), by the network that tells
+    people apart: of each feature map the squared distance in units of the targets' variance, of the embedding
+    1 - cos; the mean of all.
+
+    pictures, targets: (K, 3, H, W) in [-1, 1]; one face of each is looked at, at landmarks kps (K, 5, 2).
+    """
+    maps, embeddings = recognizer.hidden_states(align_face(pictures, kps))
+    with torch.no_grad():
+        target_maps, target_embeddings = recognizer.hidden_states(align_face(targets, kps))
+    losses = [1 - F.cosine_similarity(embeddings.float(), target_embeddings.float(), dim=-1).mean()]
+    for found, wanted in zip(maps, target_maps, strict=True):
+        found, wanted = found.float(), wanted.float()
+        variance = wanted.var(dim=(0, 2, 3), keepdim=True)
+        losses.append(((found - wanted).square() / (variance + 1e-3 * variance.mean())).mean())
+    return torch.stack(losses).mean()
