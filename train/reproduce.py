@@ -405,7 +405,7 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
             axis.scatter(x["seeds"], y["seeds"], s=10, color=color, alpha=0.6)
     axis.axhline(0, color="#999", linewidth=0.8)
     axis.set(xlabel="Sim(GT), by the judge", ylabel="copy-paste (lower is better)")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))  # bars reach every corner
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
