@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from withanyone.bench.metrics import box_iou
+
 from .pack import PackReader
 from .shards import (
     REASONS,
@@ -49,15 +51,6 @@ SUBSETS = {"rec": ("train_rec", "train_cp"), "cp": ("train_cp",)}
 PARTS = ("image", "json", "npy")
 VERSION = 1
 MATCH_IOU = 0.4
-
-
-def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes (N, 4) and (M, 4), xyxy: (N, M)."""
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    common = np.clip(high - low, 0, None).prod(-1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).clip(min=0).prod(-1) for x in (a, b))
-    return common / np.maximum(area_a[:, None] + area_b[None] - common, 1e-9)
 
 
 def match_landmarks(

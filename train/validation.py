@@ -20,7 +20,6 @@ from PIL import Image
 from withanyone import Face, FaceAdapter, WithAnyonePipeline
 from withanyone.bench import metrics
 
-from .catalogue import box_iou
 from .config import BEST_OF
 
 MIN_IOU = 0.2  # a found face counts for a person whose box it overlaps at least so much
@@ -57,7 +56,7 @@ def face_in_box(faces: list[Face], bbox: tuple[float, ...]) -> Face | None:
     """The found face that overlaps `bbox` most, if any does by `MIN_IOU`."""
     if not faces:
         return None
-    overlap = box_iou(np.array([bbox], np.float32), np.array([f.bbox for f in faces], np.float32))[0]
+    overlap = metrics.box_iou(bbox, [face.bbox for face in faces])[0]
     return faces[int(overlap.argmax())] if overlap.max() >= MIN_IOU else None
 
 
