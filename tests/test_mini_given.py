@@ -74,20 +74,20 @@ def test_both_learn_where_faces_are_given_and_the_base_alone_where_not(data):
     assert trainer.model.proj_out.weight.grad.abs().sum() > 0
 
 
-def test_feature_loss_is_nothing_on_the_target_and_has_true_gradients(data):
+def test_perceptual_loss_is_nothing_on_the_target_and_has_true_gradients(data):
     recognizer = data.face_models.recognizer
     generator = torch.Generator().manual_seed(0)
     targets = torch.rand((2, 3, 64, 64), generator=generator) * 2 - 1
     kps = torch.tensor([[20.0, 25], [44, 25], [32, 38], [23, 48], [41, 48]]).repeat(2, 1, 1)
-    assert given.feature_loss(recognizer, targets, targets, kps).abs() < 1e-6
+    assert given.perceptual_loss(recognizer, targets, targets, kps).abs() < 1e-6
     pictures = (targets * 0.7).requires_grad_(True)
-    loss = given.feature_loss(recognizer, pictures, targets, kps)
+    loss = given.perceptual_loss(recognizer, pictures, targets, kps)
     assert loss > 0.01
     (gradient,) = torch.autograd.grad(loss, pictures)
     direction = gradient / gradient.norm()
     with torch.no_grad():
         ahead, behind = (
-            given.feature_loss(recognizer, pictures + sign * 0.05 * direction, targets, kps)
+            given.perceptual_loss(recognizer, pictures + sign * 0.05 * direction, targets, kps)
             for sign in (1, -1)
         )
     assert float((ahead - behind) / 0.1) == pytest.approx(float(gradient.norm()), rel=0.05)

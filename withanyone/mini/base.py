@@ -40,7 +40,7 @@ from withanyone.faces import FaceAnalyzer
 from withanyone.precision import cpu_autocast, make_muon
 
 from . import pictures, text
-from .given import FaceModels, GivenFaces, draw_scales, encode_faces, feature_loss, new_adapter
+from .given import FaceModels, GivenFaces, draw_scales, encode_faces, new_adapter, perceptual_loss
 from .latents import PatchAutoencoder, to_tensor
 from .loop import TrainingLoop, step_rng
 from .parts import RUNS, add_part_arguments, export_adapter, start_part, write_figures
@@ -501,22 +501,21 @@ class Trainer:
     def feature_loss(
         self, denoised: Tensor, latents: Tensor, sigma: Tensor, given: GivenFaces, bucket: Bucket
     ) -> Tensor:
-        """`feature_loss` of the faces in the clean estimate beside those in the clean latents,
-        (B, T, 96) both, of the pictures whose noise is low; 0 where none is."""
+        """`perceptual_loss` of the faces in the clean estimate beside those in the clean latents, (B, T, 96)
+        both, of the pictures whose noise is low; 0 where none is."""
         low = (sigma <= FEATURE_MAX_SIGMA).tolist()
         chosen = [(b, f) for b, kps in enumerate(given.kps) if low[b] for f in range(len(kps))]
         chosen = chosen[:FEATURE_FACES]
         if not chosen:
-            return denoised.sum() * 0
-        rows = sorted({b for b, _ in chosen})
-        place = [rows.index(b) for b, _ in chosen]
+            return denoised.new_zeros(())
+        rows, place = torch.tensor([b for b, _ in chosen]).unique(return_inverse=True)
         kps = torch.stack([given.kps[b][f] for b, f in chosen]).float()
         with cpu_autocast():
             made = decode_tokens(self.data.vae, denoised[rows], bucket)
             with torch.no_grad():
                 targets = decode_tokens(self.data.vae, latents[rows], bucket)
         recognizer = self.data.face_models.recognizer
-        return feature_loss(recognizer, made[place].float(), targets[place].float(), kps)
+        return perceptual_loss(recognizer, made[place].float(), targets[place].float(), kps)
 
     def loop(self, folder: Path, steps: int, name: str) -> TrainingLoop:
         """The resumable loop over this trainer's state."""

@@ -161,7 +161,7 @@ def draw_scales(batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tens
 # How a face looks
 
 
-def feature_loss(recognizer: Recognizer, pictures: Tensor, targets: Tensor, kps: Tensor) -> Tensor:
+def perceptual_loss(recognizer: Recognizer, pictures: Tensor, targets: Tensor, kps: Tensor) -> Tensor:
     """How far faces are from their targets as a recogniser sees them, part by part and as a whole: ().
 
     A perceptual loss on clean estimates (as arXiv 2411.04873 has by the decoder), by the network that tells
