@@ -43,6 +43,7 @@ def test_faces_drawn_otherwise_lie_farther_off() -> None:
     alike = [r | {"look.generated": face(4000 + k)[:16]} for k, r in enumerate(rows)]
     other = [r | {"look.generated": 0.3 * r["look.target"] + 1} for r in rows]
     near, far = (evaluate.summarize(some)["faces_kernel_distance"] for some in (alike, other))
+    assert abs(near["mean"]) < 0.3 and far["mean"] > 1
     assert near["low"] < 0 < near["high"] and near["mean"] < far["low"]
     assert near["high"] - near["low"] > 0.05 and near["n"] == 40
     lost = [r | {"found": False, "look.generated": None} for r in rows]

@@ -396,13 +396,11 @@ def _faces_distance(rows: Sequence[dict]) -> dict | None:
     faces."""
 
     def distance(some: Sequence[dict]) -> float | None:
-        made, real = (
-            [row[f"look.{of}"] for row in some if row[f"look.{of}"] is not None]
-            for of in ("generated", "target")
-        )
-        return (
-            metrics.kernel_distance(np.stack(made), np.stack(real)) if min(len(made), len(real)) > 1 else None
-        )
+        looks = [[row[f"look.{of}"] for row in some] for of in ("generated", "target")]
+        made, real = ([look for look in part if look is not None] for part in looks)
+        if min(len(made), len(real)) < 2:
+            return None
+        return metrics.kernel_distance(np.stack(made), np.stack(real))
 
     cases = sorted({row["case"] for row in rows})
     mean = distance(rows)
