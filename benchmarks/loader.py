@@ -122,8 +122,7 @@ def straightforward(folder: Path, config: TrainConfig, samples: int) -> tuple[in
     begin = time.process_time()
     for _ in range(samples):
         record = parse_record(*records[int(rng.integers(len(records)))], paired=True)
-        picture, _, _ = maker._fit(record, 0)
-        np.asarray(picture, np.float32)
+        maker._fit(record, 0)
         for name in record.names:
             candidates = []
             for path in sorted((folder / "unpacked" / name).glob("*.jpg")):

@@ -85,7 +85,7 @@ def test_the_stream_is_the_same_with_any_number_of_processes(data):
     for number, batch in enumerate(whole):
         parts = [half[number] for half in halves]
         assert batch.positions == parts[0].positions + parts[1].positions
-        torch.testing.assert_close(batch.pixel_values, torch.cat([p.pixel_values for p in parts]))
+        torch.testing.assert_close(batch.pixels, torch.cat([p.pixels for p in parts]))
         torch.testing.assert_close(batch.uniform, torch.cat([p.uniform for p in parts]))
         assert batch.noise_seeds == parts[0].noise_seeds + parts[1].noise_seeds
         assert batch.prompts == parts[0].prompts + parts[1].prompts
@@ -95,7 +95,7 @@ def test_the_stream_is_the_same_with_any_number_of_processes(data):
 def test_the_stream_is_the_same_with_any_number_of_workers(data):
     for alone, worked in zip(_stream(data, 6), _stream(data, 6, num_workers=2), strict=True):
         assert alone.positions == worked.positions
-        torch.testing.assert_close(alone.pixel_values, worked.pixel_values)
+        torch.testing.assert_close(alone.pixels, worked.pixels)
         torch.testing.assert_close(alone.embeddings, worked.embeddings)
 
 
@@ -150,9 +150,9 @@ def test_landmarks_and_boxes_follow_the_picture_into_its_bucket(tmp_path):
     catalogues, bank = open_data(config)
     dataset = TrainDataset(catalogues, bank, config, crop_size=64)
     example = dataset[make_plan(dataset, config).item(0)]
-    assert example.pixel_values.shape == (3, 64, 64)
+    assert example.pixels.shape == (64, 64, 3)
     x1, y1, x2, y2 = (int(round(v)) for v in example.bboxes[0])
-    picture = ((example.pixel_values + 1) * 127.5).permute(1, 2, 0).numpy()
+    picture = example.pixels
     magenta = (picture[..., 0] > 120) & (picture[..., 2] > 120)
     assert magenta[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].mean() > 0.95
     magenta[max(0, y1 - 1) : y2 + 1, max(0, x1 - 1) : x2 + 1] = False
@@ -206,7 +206,7 @@ def test_shards_may_lie_on_any_file_system(tmp_path):
         dataset = TrainDataset(*open_data(config), config, crop_size=64)
         streams.append(list(islice(make_loader(dataset, make_plan(dataset, config)), 4)))
     for local, remote in zip(*streams, strict=True):
-        torch.testing.assert_close(local.pixel_values, remote.pixel_values)
+        torch.testing.assert_close(local.pixels, remote.pixels)
         torch.testing.assert_close(local.embeddings, remote.embeddings)
 
 

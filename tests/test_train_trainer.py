@@ -127,7 +127,7 @@ def test_the_loss_of_a_batch_is_that_of_the_written_out_formulas(world, tmp_path
     loss, _ = trainer.train_step(batch)
     pipe = trainer.pipeline
     with torch.no_grad():
-        x1 = pipe.vae.encode(batch.pixel_values).latent_dist.mean
+        x1 = pipe.vae.encode(batch.pixels.float() / 127.5 - 1).latent_dist.mean
         x1 = (x1 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         b, c, h, w = x1.shape
         x1 = x1.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)

@@ -73,7 +73,7 @@ class Example:
     """One sample, ready to be collated. F faces; coordinates are the bucket's pixels."""
 
     position: int
-    pixel_values: Tensor  # (3, H, W) in [-1, 1]
+    pixels: np.ndarray  # (H, W, 3) uint8
     prompt: str
     bboxes: np.ndarray  # (F, 4)
     kps: np.ndarray  # (F, 5, 2), NaN where unknown
@@ -116,10 +116,11 @@ class ExampleMaker:
         uniform = float(rng.uniform(1e-4, 1 - 1e-4))
         noise_seed = int(rng.integers(2**62))
         scales = draw_scales(rng, config.branches, config.similarity_range, config.diversity_corner_share)
-        picture, window, keep = self._fit(record, bucket)
-        scale = picture.width / (window[2] - window[0])
+        pixels, window, keep = self._fit(record, bucket)
+        height, width = pixels.shape[:2]
+        scale = width / (window[2] - window[0])
         bboxes = (record.bboxes[keep] - np.tile(window[:2], 2)) * scale
-        limit = np.array([picture.width, picture.height] * 2, np.float32)
+        limit = np.array([width, height] * 2, np.float32)
         kps = (record.kps[keep] - np.array(window[:2], np.float32)) * scale
         priority = rng.random(len(bboxes))
         names = [record.names[i] if record.names else "" for i in keep]
@@ -131,10 +132,9 @@ class ExampleMaker:
             embeddings, features = record.embeddings[keep], None
             crops = [self._crop(source, record.bboxes[i], rng) for i in keep]
         prompt = record.caption if config.prompt_source == "caption" else config.count_prompts[len(keep) - 1]
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
         return Example(
             position=position,
-            pixel_values=pixels,
+            pixels=pixels,
             prompt="" if dropped else prompt,
             bboxes=np.clip(bboxes, 0, limit),
             kps=kps.astype(np.float32),
@@ -148,15 +148,16 @@ class ExampleMaker:
             noise_seed=noise_seed,
             priority=priority,
             paired=subset == "cp",
-            latents_key=f"{record.digest} {picture.width}x{picture.height} {window}",
+            latents_key=f"{record.digest} {width}x{height} {window}",
             bad=bad,
         )
 
-    def _fit(self, record: Record, bucket: int) -> tuple[Image.Image, tuple[float, ...], list[int]]:
-        """The picture in its bucket's size, the window it was cut from, and the faces that remain visible."""
+    def _fit(self, record: Record, bucket: int) -> tuple[np.ndarray, tuple[float, ...], list[int]]:
+        """The picture (H, W, 3) in its bucket's size, the window it was cut from, and the faces that remain
+        visible."""
         width, height = self.config.buckets[bucket][:2]
-        image = Image.fromarray(record.image)
-        window = crop_window(image.width, image.height, width, height, record.bboxes)
+        pixels = record.image
+        window = crop_window(pixels.shape[1], pixels.shape[0], width, height, record.bboxes)
         low = np.maximum(record.bboxes[:, :2], window[:2])
         high = np.minimum(record.bboxes[:, 2:], window[2:])
         inside = np.clip(high - low, 0, None).prod(1)
@@ -164,9 +165,11 @@ class ExampleMaker:
         keep = [int(i) for i in np.flatnonzero(inside >= MIN_VISIBLE_SHARE * whole)]
         if not keep:
             raise BadRecord("no_people", "every face is cut off by the size bucket")
-        if window != (0, 0, image.width, image.height) or image.size != (width, height):
+        if window != (0, 0, width, height) or pixels.shape[:2] != (height, width):
+            image = Image.fromarray(pixels)
             image = image.resize((width, height), Image.Resampling.LANCZOS, box=window, reducing_gap=3.0)
-        return image, window, keep
+            pixels = np.asarray(image)
+        return pixels, window, keep
 
     def _paired(
         self, record: Record, identities: np.ndarray, rng: np.random.Generator, reader: ShardReader
@@ -208,7 +211,7 @@ class Batch:
     zero."""
 
     positions: list[int]
-    pixel_values: Tensor  # (B, 3, H, W) in [-1, 1]
+    pixels: Tensor  # (B, 3, H, W) uint8: a quarter of the floats, on the way from the workers to the device
     prompts: list[str]
     bboxes: list[list[tuple[float, ...]]]  # B lists of boxes in pixels
     kps: Tensor  # (B, F, 5, 2), NaN where unknown
@@ -230,7 +233,7 @@ class Batch:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return self.pixel_values.shape[-2], self.pixel_values.shape[-1]
+        return self.pixels.shape[-2], self.pixels.shape[-1]
 
 
 def collate(
@@ -257,9 +260,10 @@ def collate(
             [np.zeros(shape, np.float32) if e.features is None else e.features for e in examples], 0
         )
     crops = [crop for e in examples if e.crops is not None for crop in e.crops]
+    pixels = torch.from_numpy(np.stack([e.pixels for e in examples])).permute(0, 3, 1, 2).contiguous()
     return Batch(
         positions=[e.position for e in examples],
-        pixel_values=torch.stack([e.pixel_values for e in examples]),
+        pixels=pixels,
         prompts=[e.prompt for e in examples],
         bboxes=[[tuple(map(float, box)) for box in e.bboxes] for e in examples],
         kps=pad([e.kps for e in examples], np.nan),

@@ -34,6 +34,7 @@ from .shards import (
     group_members,
     list_shards,
     load_npy,
+    open_image,
     parse_info,
     scan_shard,
 )
@@ -80,7 +81,7 @@ class ReferenceBank:
     def read_photo(self, row: int, reader: ShardReader) -> Image.Image:
         """The photo itself, read from its tar. Raises `BadRecord`."""
         shard, offset, size = (int(v) for v in self.location[row])
-        return Image.fromarray(decode_image(reader.read(self.shards[shard], offset, size)))
+        return open_image(reader.read(self.shards[shard], offset, size))
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
