@@ -33,7 +33,7 @@ from train.entries import Place, lane_entries
 from train.examples import ExampleMaker, collate
 from train.references import draw_negatives, open_bank
 from train.shards import BadRecord, ShardReader, parse_record
-from train.writing import array_bytes, jpeg_bytes, record_members, write_tar
+from withanyone.tars import array_bytes, jpeg_bytes, record_members, write_tar
 
 RELEASED_NEGATIVES = 4033
 

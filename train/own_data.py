@@ -22,11 +22,11 @@ from scipy.optimize import linear_sum_assignment
 
 from withanyone import Face, FaceAnalyzer
 from withanyone.faces import load_image
+from withanyone.tars import record_members, write_tar
 
 from .config import COUNT_PROMPTS
 from .references import REFERENCE_TARS, unit
 from .shards import IMAGE_SUFFIXES, MAX_PEOPLE
-from .writing import record_members, write_tar
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from withanyone import Face, FaceAdapter, WithAnyonePipeline, slider_scales
+from withanyone.tars import record_members, write_tar
 
 from .catalogue import Catalogue
 from .config import TrainConfig
@@ -29,7 +30,6 @@ from .examples import assign_buckets, crop_window
 from .references import ReferenceBank, choose_reference, same_person_quantile, unit
 from .shards import BadRecord, Record, ShardReader
 from .validation import face_in_box
-from .writing import record_members, write_tar
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ import json
 import logging
 import pickle
 import shutil
-import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -28,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from ..faces import FaceAnalyzer
+from ..tars import array_bytes, jpeg_bytes, write_tar
 from .faceset import CROP_SIZE, FACE_SIZE, align_crop
 from .world import RANGES, Picture, contact_sheet, render
 
@@ -104,38 +104,12 @@ class ShardPlan:
 # ---- members -----------------------------------------------------------------------------------------------
 
 
-def jpeg_bytes(image: np.ndarray, quality: int = 95) -> bytes:
-    """(H, W, 3) uint8 RGB as JPEG, colours at full resolution."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=quality, subsampling=0)
-    return stream.getvalue()
-
-
 def npy_bytes(bboxes: np.ndarray, embeddings: np.ndarray) -> bytes:
     """As released: a dict of boxes (N, 4) and raw embeddings (N, 512), pickled inside an object array."""
     stream = io.BytesIO()
     value = {"bboxes": bboxes.astype(np.float32), "embeddings": embeddings.astype(np.float32)}
     np.save(stream, np.array(value, dtype=object))
     return stream.getvalue()
-
-
-def array_bytes(array: np.ndarray) -> bytes:
-    """A plain `.npy`."""
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """A tar whose bytes depend on its members alone; it appears only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tar.part")
-    with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    aside.replace(path)
 
 
 def align(image: np.ndarray, kps: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..tars import jpeg_bytes, write_tar
 from .parts import RUNS
 from .pictures import read_shard, shard_paths
-from .records import jpeg_bytes, write_tar
 
 logger = logging.getLogger(__name__)
 

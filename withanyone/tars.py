@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 
-def jpeg_bytes(image: Image.Image, quality: int = 95) -> bytes:
-    """A picture as JPEG, colours at full resolution, without what else its file said."""
+def jpeg_bytes(image: Image.Image | np.ndarray, quality: int = 95) -> bytes:
+    """A picture, or (H, W, 3) uint8 RGB, as JPEG: colours at full resolution, nothing else its file said."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     stream = io.BytesIO()
     image.convert("RGB").save(stream, "JPEG", quality=quality, subsampling=0)
     return stream.getvalue()
