@@ -1,8 +1,9 @@
 """Seconds a picture of two people takes on this machine: from a cold start, and warm.
 
-    python -m benchmarks.picture [--model FOLDER] [--steps 25] [--json FILE]
+    python -m benchmarks.picture [--model FOLDER] [--steps 25] [--candidates 1] [--json FILE]
 
 Cold is a new process: imports, loading, faces found, first picture. Warm is the median of the next pictures.
+Where the model draws several candidates of a picture by default, both are measured: one, and its default.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from withanyone.mini import PRETRAINED
 
 
-def pictures(model: str, steps: int, repeats: int) -> list[float]:
+def pictures(model: str, steps: int, candidates: int, repeats: int) -> list[float]:
     """Seconds of each of 1 + `repeats` pictures of two people, the first with loading and imports."""
     start = time.perf_counter()
     import torch
@@ -38,6 +39,7 @@ def pictures(model: str, steps: int, repeats: int) -> list[float]:
             width=192,
             height=192,
             num_inference_steps=steps,
+            num_candidates=candidates,
             generator=torch.Generator().manual_seed(seed),
         )
         now = time.perf_counter()
@@ -46,29 +48,41 @@ def pictures(model: str, steps: int, repeats: int) -> list[float]:
     return seconds
 
 
+def measure(args: argparse.Namespace, candidates: int) -> dict[str, object]:
+    """Cold and warm seconds of pictures with so many candidates."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.picture", "--inside", "--model", args.model]
+    command += ["--steps", str(args.steps), "--candidates", str(candidates), "--repeats", str(args.repeats)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    warm = seconds[1:]
+    return {
+        "people": 2, "size": [192, 192], "steps": args.steps, "candidates": candidates,
+        "cold_seconds": round(time.perf_counter() - start - sum(warm), 2),
+        "warm_seconds": round(statistics.median(warm), 2),
+        "warm_range": [round(min(warm), 2), round(max(warm), 2)],
+    }  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(PRETRAINED))
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--candidates", type=int, nargs="+", help="(default: one, and the model's default)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    candidates = args.candidates
     if args.inside:
-        print(json.dumps(pictures(args.model, args.steps, args.repeats)))
+        print(json.dumps(pictures(args.model, args.steps, candidates[0], args.repeats)))
         return
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.picture", "--inside", "--model", args.model]
-    command += ["--steps", str(args.steps), "--repeats", str(args.repeats)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds = json.loads(done.stdout.splitlines()[-1])
-    warm = seconds[1:]
-    cold = time.perf_counter() - start - sum(warm)
-    figures = {
-        "people": 2, "size": [192, 192], "steps": args.steps,
-        "cold_seconds": round(cold, 2), "warm_seconds": round(statistics.median(warm), 2),
-        "warm_range": [round(min(warm), 2), round(max(warm), 2)],
-    }  # fmt: skip
+    if not candidates:
+        from withanyone import WithAnyonePipeline
+
+        own = WithAnyonePipeline.load_config(args.model)["sampling_defaults"].get("num_candidates", 1)
+        candidates = sorted({1, own})
+    figures = [measure(args, count) for count in candidates]
     text = json.dumps(figures, indent=1)
     print(text)
     if args.json:

@@ -235,6 +235,7 @@ class Desk:
         shape: Any,
         steps: Any,
         guidance: Any,
+        candidates: Any,
         seed: Any,
         boxes: Sequence[Sequence[float]] | None,
         consent: Any,
@@ -274,6 +275,7 @@ class Desk:
             shape=shape,
             steps=whole("Steps", steps, 1, self.limits.steps),
             guidance=number("Guidance", guidance, 1, 20),
+            candidates=whole("Candidates", candidates, 1, self.limits.candidates),
             seed=whole("The seed", seed, 0, MAX_SEED),
             bboxes=boxes,
             visible_mark=bool(visible_mark),
@@ -334,6 +336,7 @@ class Desk:
             "shape": lambda v: v if v in SHAPES else None,
             "steps": lambda v: whole("steps", v, 1, self.limits.steps),
             "guidance": lambda v: number("guidance", v, 1, 20),
+            "candidates": lambda v: whole("candidates", v, 1, self.limits.candidates),
             "seed": lambda v: whole("seed", v, 0, MAX_SEED),
             "boxes": lambda v: self.read_boxes(json.dumps(v)) if v else None,
         }
@@ -342,6 +345,7 @@ class Desk:
             **sliders,
             "steps": settings.get("num_inference_steps"),
             "guidance": settings.get(self.studio.guidance_name),
+            "candidates": settings.get("num_candidates"),
             "boxes": settings.get("bboxes"),
         }
         found = {}

@@ -165,6 +165,7 @@ class Asked:
     shape: str
     steps: int
     guidance: float
+    candidates: int
     seed: int
     new_seed: bool
     count: int
@@ -268,6 +269,15 @@ class _Builder:
                         "How closely to follow the words",
                         "guidance",
                     )
+                    self.candidates = self.slider(
+                        1,
+                        self.limits.candidates,
+                        defaults["num_candidates"],
+                        1,
+                        "Candidates",
+                        "Of each picture; the likest faces go on. More: likelier, slower",
+                        "candidates",
+                    )
                     self.visible = gr.Checkbox(
                         studio.marks_visibly,
                         label="Write “AI-generated” on the picture",
@@ -341,6 +351,7 @@ class _Builder:
             self.shape,
             self.steps,
             self.guidance,
+            self.candidates,
             self.seed,
         ]
         ways = [self.make, self.sweep, self.cancel]
@@ -427,7 +438,7 @@ class _Builder:
     ) -> list:
         before = len(visit.people)
         said, tone, found = self.desk.bring(visit, files, person, dropped, photos)
-        names = ("prompt", "similarity", "diversity", "shape", "steps", "guidance", "seed")
+        names = ("prompt", "similarity", "diversity", "shape", "steps", "guidance", "candidates", "seed")
         if found is None:
             rest = [gr.skip()] * (1 + len(names))
             return [*self.refresh(visit, shape, boxes, before, said, tone), *rest]
@@ -503,6 +514,7 @@ class _Builder:
             shape: str,
             steps: int,
             guidance: float,
+            candidates: int,
             seed: int,
             new_seed: bool,
             count: int,
@@ -518,6 +530,7 @@ class _Builder:
                 shape,
                 steps,
                 guidance,
+                candidates,
                 seed,
                 new_seed,
                 count,
@@ -543,6 +556,7 @@ class _Builder:
             shape=asked.shape,
             steps=asked.steps,
             guidance=asked.guidance,
+            candidates=asked.candidates,
             seed=seed,
             boxes=self.desk.read_boxes(asked.boxes) if visit.people else None,
             consent=asked.consent,
@@ -551,6 +565,7 @@ class _Builder:
         if sweep:
             if not visit.people:
                 raise ValueError("Add a person first: the sliders say how much faces count.")
+            first = replace(first, candidates=1)  # what the sliders do, not what a choice makes of it
             return [
                 replace(first, similarity=s, diversity=d) for s in SWEEP_SIMILARITY for d in SWEEP_DIVERSITY
             ]

@@ -20,7 +20,7 @@ from PIL import Image
 from withanyone import WithAnyonePipeline, flow, slider_scales
 from withanyone.faces import Face, load_image
 from withanyone.mini import PRETRAINED, gallery
-from withanyone.pipeline import combine_photos
+from withanyone.pipeline import RELEASED_SAMPLING, combine_photos
 from withanyone.readout import ANTELOPEV2, Calibration, Reading, describe, read_picture
 from withanyone.settings import mark_picture, stamp_picture
 
@@ -51,9 +51,15 @@ class Order:
     steps: int
     guidance: float
     seed: int
+    candidates: int = 1
     bboxes: tuple[tuple[float, ...], ...] | None = None
     visible_mark: bool = False
     drawn: tuple[tuple[tuple[int, int], ...] | None, ...] | None = None
+
+    @property
+    def work(self) -> int:
+        """Steps of all candidates together; without people there is one."""
+        return self.steps * (self.candidates if self.people else 1)
 
 
 # What happens to a job, in order of time. `index`: which of the job's orders.
@@ -206,7 +212,8 @@ class Studio:
         """The model's own settings; needs its configuration only, not its weights."""
         if self._pipe is not None:
             return dict(self._pipe.config.sampling_defaults)
-        return dict(WithAnyonePipeline.load_config(self.settings.model)["sampling_defaults"])
+        said = WithAnyonePipeline.load_config(self.settings.model)["sampling_defaults"]
+        return {**RELEASED_SAMPLING, **said}
 
     @property
     def guidance_name(self) -> str:
@@ -311,7 +318,7 @@ class Studio:
         work = 0.0
         for order in orders:
             width, height = self.size(order.shape, len(order.people))
-            work += order.steps * width * height / 1e6
+            work += order.work * width * height / 1e6
         return max(20, round(12 + 0.55 * work))
 
     def _on_zero_gpu(self) -> Callable[[list[Order], Permit], Iterator[Update]]:
@@ -391,11 +398,12 @@ class Studio:
             width=width,
             height=height,
             num_inference_steps=order.steps,
+            num_candidates=order.candidates,
             generator=torch.Generator("cpu").manual_seed(order.seed),
             callback_on_step_end=step_done,
             **{self.guidance_name: order.guidance},
         )
-        self.pace.learn(time.monotonic() - started, order.steps, megapixels)
+        self.pace.learn(time.monotonic() - started, order.work, megapixels)
         image = out.images[0]
         if self._filter is not None and self._filter(image):
             return Withheld(index)
@@ -410,7 +418,7 @@ class Studio:
 
         def expect(order: Order) -> float | None:
             width, height = self.size(order.shape, len(order.people))
-            return self.pace.expect(order.steps, width * height / 1e6)
+            return self.pace.expect(order.work, width * height / 1e6)
 
         order = orders[index]
         if step:
@@ -442,6 +450,7 @@ class Studio:
             "width": image.width,
             "height": image.height,
             "num_inference_steps": order.steps,
+            "num_candidates": order.candidates,
             self.guidance_name: order.guidance,
             "bboxes": None if bboxes is None else [[round(float(v), 2) for v in box] for box in bboxes],
             "people": len(order.people),
@@ -455,27 +464,21 @@ class Preview:
 
     def __init__(self, pipe: WithAnyonePipeline, width: int, height: int):
         self.pipe, self.width, self.height = pipe, width, height
-        self._before: torch.Tensor | None = None
+        self._estimates = flow.CleanEstimates()
         self._shown = 0.0
 
     @torch.no_grad()
     def after_step(self, step: int, latents: torch.Tensor) -> Image.Image | None:
-        """A preview, where it is time for one. latents: (1, N, C), as after step `step` (0: the first).
+        """A preview, where it is time for one, of the first candidate.
 
-        Euler's step is x' = x + (s' - s) v, so v = (x' - x) / (s' - s), and the clean estimate is x' - s' v.
-        The miniature's scheduler draws noise anew, and tells its clean estimate.
+        latents: (candidates, N, C), as after step `step` (0: the first).
         """
-        before, self._before = self._before, latents
         scheduler = self.pipe.scheduler
-        sigmas = scheduler.sigmas
-        if before is None or step + 1 >= len(sigmas) - 1 or time.monotonic() - self._shown < PREVIEW_SECONDS:
+        clean = self._estimates.after_step(scheduler, step, latents)
+        is_last = step + 1 >= len(scheduler.sigmas) - 1
+        if clean is None or is_last or time.monotonic() - self._shown < PREVIEW_SECONDS:
             return None
-        clean = getattr(scheduler, "clean_estimate", None)
-        if clean is None:
-            here, there = float(sigmas[step]), float(sigmas[step + 1])
-            velocity = (latents.float() - before.float()) / (there - here)
-            clean = flow.denoised(latents.float(), velocity, there)
-        image = self.decode(clean.to(latents.dtype))
+        image = self.decode(clean[:1].to(latents.dtype))
         self._shown = time.monotonic()
         return image
 

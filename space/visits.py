@@ -39,6 +39,7 @@ class Limits:
     prompt: int = 2000
     name: int = 24
     steps: int = 100
+    candidates: int = 8
     pictures_at_once: int = 4
     pictures_kept: int = 40
     uploads_per_minute: int = 60

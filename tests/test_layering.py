@@ -19,11 +19,12 @@ ADAPTER = {"withanyone.layout", "withanyone.bases", "withanyone.conditioning", "
 ADAPTER |= {"withanyone.adapter"}
 CORE = FACES | ADAPTER | {"withanyone", "withanyone.flow", "withanyone.arcface", "withanyone.pipeline"}
 CORE |= {"withanyone.settings", "withanyone.loading", "withanyone.precision"}
-CORE |= {"withanyone.arrangements", "withanyone.readout"}
+CORE |= {"withanyone.arrangements", "withanyone.readout", "withanyone.candidates", "withanyone.tars"}
 # The longest name that begins a module's own decides what of this repository it may import.
 MAY_IMPORT = {
     "withanyone.flow": set(),
     "withanyone.settings": set(),
+    "withanyone.tars": set(),
     "withanyone.precision": set(),
     "withanyone.layout": set(),
     "withanyone.arrangements": {"withanyone.layout"},
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "withanyone.faces": FACES,
     "withanyone.arcface": FACES,
     "withanyone.conditioning": set(),
+    "withanyone.candidates": {"withanyone.flow", "withanyone.bench.metrics"},
     "withanyone.checkpoint": set(),
     "withanyone.adapter": ADAPTER - {"withanyone.adapter"},
     "withanyone.pipeline": CORE - {"withanyone", "withanyone.pipeline"},

@@ -539,6 +539,7 @@ def test_a_dropped_picture_brings_its_settings_back(desk, visits, tmp_path) -> N
         "shape": "portrait",
         "people": 2,
         "num_inference_steps": 7,
+        "num_candidates": 2,
         "guidance_scale": 3.0,
         "bboxes": [[1, 2, 30, 40]],
     }
@@ -548,6 +549,7 @@ def test_a_dropped_picture_brings_its_settings_back(desk, visits, tmp_path) -> N
         "2 people" in said
         and found["seed"] == 0
         and found["steps"] == 7
+        and found["candidates"] == 2
         and found["boxes"] == [[1, 2, 30, 40]]
     )
     assert found["similarity"] == 0.7 and found["shape"] == "portrait" and found["guidance"] == 3.0
@@ -561,6 +563,7 @@ def test_settings_that_a_stranger_wrote_are_checked(desk) -> None:
         "diversity": "x",
         "shape": "round",
         "num_inference_steps": 1e9,
+        "num_candidates": 1e9,
         "guidance_scale": float("nan"),
         "bboxes": "no",
         "people": "many",
@@ -579,6 +582,7 @@ ORDER = {
     "shape": "square",
     "steps": 2,
     "guidance": 4,
+    "candidates": 4,
     "seed": 0,
     "boxes": None,
     "consent": True,
@@ -600,6 +604,8 @@ ORDER = {
         ({"steps": 2.5}, "whole"),
         ({"steps": 101}, "100"),
         ({"guidance": float("inf")}, "Guidance"),
+        ({"candidates": 0}, "Candidates"),
+        ({"candidates": 9}, "8"),
         ({"seed": -1}, "seed"),
         ({"seed": None}, "seed"),
         ({"seed": 1e30}, "seed"),

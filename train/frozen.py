@@ -100,10 +100,7 @@ class FrozenParts:
 
     def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Packed latents (B, N, C) as pictures (B, 3, H, W), with gradients."""
-        vae = self.pipeline.vae
-        latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return self.pipeline.decode_latents(latents, height, width)
 
     @property
     def pixels_per_token(self) -> int:

@@ -115,6 +115,7 @@ def validate(pipeline: WithAnyonePipeline, cases: str, count: int, out: Path) ->
             bboxes=case.bboxes,
             width=width,
             height=height,
+            num_candidates=1,  # what the adapter does, not what a choice makes of it
             generator=torch.Generator().manual_seed(number),
         ).images[0]
         scores += score_case(pipeline, case, picture)

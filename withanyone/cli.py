@@ -96,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="above 1: a second pass a step with the negative prompt, twice the time (default: the model's)",
     )
     add.add_argument(
+        "--candidates",
+        type=int,
+        help="of each picture, drawn at once; the likest faces go on (default: the model's)",
+    )
+    add.add_argument(
         "--num-images", type=int, default=1, help="pictures, with the seeds SEED, SEED + 1, ... (default 1)"
     )
     add.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -215,6 +220,7 @@ def call_settings(args: argparse.Namespace, pipe: WithAnyonePipeline, miniature:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
         "true_cfg_scale": args.true_guidance,
+        "num_candidates": args.candidates,
     }
 
 

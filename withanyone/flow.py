@@ -35,6 +35,32 @@ def denoised(
     return noisy_latents - _per_sample(sigma, noisy_latents) * velocity
 
 
+class CleanEstimates:
+    """The clean estimates of a sampler's steps, for a callback that sees only what each step leads to.
+
+    Euler's step is x' = x + (t' - t) v, so v = (x' - x) / (t' - t), and the clean estimate is x' - t' v: from
+    the second step on. A scheduler that draws noise anew has it in `clean_estimate`, from the first on.
+    """
+
+    def __init__(self) -> None:
+        self.before: torch.Tensor | None = None  # what the next step starts from
+
+    def after_step(self, scheduler, step: int, latents: torch.Tensor) -> torch.Tensor | None:
+        """The estimate (B, ...) in float32 that led to `latents` in step `step` (0: the first), if known."""
+        before, self.before = self.before, latents
+        told = getattr(scheduler, "clean_estimate", None)
+        if told is not None or before is None:
+            return told
+        here, there = float(scheduler.sigmas[step]), float(scheduler.sigmas[step + 1])
+        return denoised(latents.float(), (latents.float() - before.float()) / (there - here), there)
+
+    @staticmethod
+    def replace(scheduler, clean: torch.Tensor) -> None:
+        """Says to who looks next what the latents now hold."""
+        if getattr(scheduler, "clean_estimate", None) is not None:
+            scheduler.clean_estimate = clean
+
+
 # The schedule
 
 

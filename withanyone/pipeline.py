@@ -39,6 +39,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from . import flow, layout
 from .adapter import CONDITIONING_KEY, FaceAdapter
+from .candidates import CandidateSearch
 from .faces import Face, FaceAnalyzer, ImageSource
 from .loading import LoadingMixin
 
@@ -58,6 +59,7 @@ RELEASED_SAMPLING: dict[str, Any] = {
     "faces_in_negative": True,
     "id_scale": 0.0,
     "siglip_scale": 1.0,
+    "num_candidates": 1,
 }
 
 
@@ -282,6 +284,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         *,
         id_scale: float | None = None,
         siglip_scale: float | None = None,
+        num_candidates: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -315,6 +318,8 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 None: a default layout for 1 to 8 people.
             id_scale: strength of the branch that sees the identity alone; `slider_scales` makes both.
             siglip_scale: strength of the branch that sees the photo too. Both 0: a picture by FLUX.1 alone.
+            num_candidates: how many candidates of each picture are drawn at once, that many times as much
+                work; the likest faces go on (see `candidates`). Without faces there is nothing to choose by.
             height, width: pixels, multiples of 16 (twice the VAE's factor).
             true_cfg_scale: above 1, each step has a second pass with `negative_prompt` (None: an empty one),
                 and goes from that pass's result towards and past the first's, this many times as far.
@@ -341,6 +346,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             "faces_in_negative": faces_in_negative,
             "id_scale": id_scale,
             "siglip_scale": siglip_scale,
+            "num_candidates": num_candidates,
         }
         defaults = self.config.sampling_defaults
         settings = {name: defaults[name] if value is None else value for name, value in settings.items()}
@@ -358,7 +364,7 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             logger.warning("`negative_prompt` has no effect unless `true_cfg_scale` is more than 1.")
         id_scale, siglip_scale = settings.pop("id_scale"), settings.pop("siglip_scale")
         faces_in_negative = settings.pop("faces_in_negative")
-        min_sigma = settings.pop("true_cfg_min_sigma")
+        min_sigma, num_candidates = settings.pop("true_cfg_min_sigma"), settings.pop("num_candidates")
 
         # 3. Encode the faces, once for all steps.
         attention_kwargs = dict(joint_attention_kwargs or {})
@@ -385,7 +391,16 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             if self._is_offloaded:
                 self.face_adapter.put_encoding_aside()
 
-        # 4. True guidance: a negative prompt for every prompt; where it acts, and whether the faces do too.
+        # 4. Several candidates of each picture, where there is something to choose them by.
+        search = None
+        if num_candidates > 1 and CONDITIONING_KEY in attention_kwargs:
+            self._check_search(num_candidates, kwargs.get("latents"))
+            search = CandidateSearch(self, embeddings[0].numpy(), bboxes, height, width, num_candidates)
+            num_images_per_prompt *= num_candidates
+            if isinstance(generator, list):
+                generator = [each for each in generator for _ in range(num_candidates)]
+
+        # 5. True guidance: a negative prompt for every prompt; where it acts, and whether the faces do too.
         if true_cfg_scale > 1 and kwargs.get("negative_prompt_embeds") is None:
             negative_prompt = self._negative_prompts(negative_prompt, prompt, kwargs.get("prompt_embeds"))
         drop_faces = not faces_in_negative and CONDITIONING_KEY in attention_kwargs
@@ -393,9 +408,12 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         if true_cfg_scale > 1 and (drop_faces or min_sigma > 0):
             second_pass = _second_pass(self.transformer, drop_faces, min_sigma)
 
-        # 5. Hand over to FluxPipeline.
+        # 6. Hand over to FluxPipeline.
         if max_sequence_length is None:
             max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
+        callback, inputs = callback_on_step_end, list(callback_on_step_end_tensor_inputs or ())
+        if search is not None:
+            callback, inputs = search.callback(callback, inputs), ["latents", *inputs]
         with second_pass:
             (images,) = super().__call__(
                 prompt=prompt,
@@ -403,16 +421,30 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 sigmas=self._sigmas(sigmas, settings["num_inference_steps"], height, width),
                 generator=generator,
                 num_images_per_prompt=num_images_per_prompt,
-                output_type=output_type,
+                output_type=output_type if search is None else "latent",
                 return_dict=False,
                 joint_attention_kwargs=attention_kwargs,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs or ()),
+                callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=inputs,
                 max_sequence_length=max_sequence_length,
                 **settings,
                 **kwargs,
             )
+        if search is not None:
+            images = search.best(images)
+            if output_type != "latent":
+                pictures = self.decode_latents(images, height, width)
+                images = self.image_processor.postprocess(pictures, output_type=output_type)
+            self.maybe_free_model_hooks()
         return WithAnyonePipelineOutput(images=images, bboxes=bboxes) if return_dict else (images,)
+
+    def decode_latents(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Packed latents (B, N, C) as pictures (B, 3, height, width), about [-1, 1]; with gradients."""
+        config = self.vae.config
+        latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        latents = latents.to(get_module_execution_device(self.vae), self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False)[0]
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """ValueError where a value of `settings`, with the names of `sampling_defaults`, is out of range."""
@@ -427,7 +459,8 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                     f"`{name}` is {value}; give a multiple of {multiple}, the nearest are {below} and "
                     f"{below + multiple}."
                 )
-        _check_count("num_inference_steps", settings["num_inference_steps"])
+        for name in ("num_inference_steps", "num_candidates"):
+            _check_count(name, settings[name])
         for name in ("id_scale", "siglip_scale", "guidance_scale", "true_cfg_scale"):
             _number(name, settings[name], 0.0)
         _number("true_cfg_min_sigma", settings["true_cfg_min_sigma"], 0.0, 1.0)
@@ -466,6 +499,19 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             raise ValueError(
                 "`faces` are given, but diffusers' IP-Adapter is loaded and takes them for its own; call "
                 "`pipe.unload_ip_adapter()`."
+            )
+
+    def _check_search(self, num_candidates: int, latents: torch.Tensor | None) -> None:
+        """ValueError where candidates cannot be told apart, or do not differ."""
+        if self.face_analyzer is None:
+            raise ValueError(
+                f"`num_candidates` is {num_candidates}, but this pipeline has no `face_analyzer` to tell "
+                "which is likest; load it with one, or call it with `num_candidates=1`."
+            )
+        if latents is not None:
+            raise ValueError(
+                f"`num_candidates` is {num_candidates}, but `latents` say where the picture begins; call it "
+                "with `num_candidates=1`."
             )
 
     def _negative_prompts(

@@ -49,6 +49,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", help="module:Class with from_pretrained (default: this package's)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on cuda)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument(
+        "--candidates", type=int, help="of each picture, the likest faces go on (default: the model's)"
+    )
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -62,6 +65,7 @@ def _generate(args: argparse.Namespace) -> int:
         similarity, diversity = SWEEP_SIMILARITY, SWEEP_DIVERSITY
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
         raise ValueError(f"`seeds` must be different numbers from 0 on, got {args.seeds}.")
+    given = {"num_inference_steps": args.steps, "num_candidates": args.candidates}
     plan = Plan(
         read_cases(args.cases, args.layout),
         str(args.out),
@@ -72,7 +76,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.pipeline or PIPELINE,
         args.device,
         args.dtype,
-        {} if args.steps is None else {"num_inference_steps": args.steps},
+        {name: value for name, value in given.items() if value is not None},
     )
     failures = generate(plan, workers=args.workers, limit=args.limit)
     for picture, wrong in failures.items():

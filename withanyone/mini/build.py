@@ -39,6 +39,7 @@ SAMPLING_DEFAULTS = {
     "faces_in_negative": False,
     "id_scale": 0.5,
     "siglip_scale": 0.5,
+    "num_candidates": 4,
 }
 COMPONENTS = {
     "scheduler": SeededFlowMatchScheduler,

@@ -123,8 +123,10 @@ def settings_name(model: str, settings: dict | None) -> str:
     defaults = WithAnyonePipeline.load_config(model)["sampling_defaults"]
     settings = {
         name: settings.get(name, defaults.get(name))
-        for name in ("id_scale", "siglip_scale", *sorted(settings))
+        for name in ("id_scale", "siglip_scale", "num_candidates", *sorted(settings))
     }
+    if settings["num_candidates"] in (None, 1):
+        del settings["num_candidates"]
     if settings["id_scale"] == settings["siglip_scale"] == 0:
         return BASE
     return "_".join(f"{name}-{value:g}" for name, value in settings.items())
@@ -590,7 +592,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _run_evaluate(args: argparse.Namespace) -> None:
     cases, folder = _prepare(args)
     pictures = args.work / f"pictures-{folder.name}"
-    folders = make_pictures(args.model, cases, pictures, {"default": {}, "base": None}, args.workers)
+    variants = {"default": {}, "one candidate": {"num_candidates": 1}, "base": None}
+    folders = make_pictures(args.model, cases, pictures, variants, args.workers)
     result = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
     # The targets themselves beside them: what the best there is scores, and how well the reader reads.
     result |= score(args.model, cases, folders | {"targets": None}, args.workers)
@@ -616,6 +619,7 @@ def _run_defaults(args: argparse.Namespace) -> None:
             "faces_in_negative": False,
             "id_scale": id_scale,
             "siglip_scale": siglip_scale,
+            "num_candidates": 1,
         }
     folders = make_pictures(args.model, cases, args.work / f"pictures-{folder.name}", variants, args.workers)
     result: dict = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
@@ -643,7 +647,8 @@ def _run_sliders(args: argparse.Namespace) -> None:
     variants: dict[str, dict | None] = {}
     for name, position in SLIDERS.items():
         id_scale, siglip_scale = slider_scales(*position)
-        variants[name] = {"id_scale": id_scale, "siglip_scale": siglip_scale}
+        # One candidate: what the sliders do, not what a choice by likeness makes of it.
+        variants[name] = {"id_scale": id_scale, "siglip_scale": siglip_scale, "num_candidates": 1}
     folders = make_pictures(args.model, cases, pictures, variants, args.workers)
     result = {"cases": len(cases), "split": args.split, "seed": args.seed, "git": _git_hash()}
     result |= score(args.model, cases, folders, args.workers)
