@@ -113,6 +113,8 @@ BENCH := $(BIN)/python -m withanyone.bench
 BENCH_RUNS := runs/bench
 MODEL ?= withanyone/mini/pretrained
 COUNT ?= 400
+# One candidate of a picture: what the weights do. By default the miniature draws four.
+CANDIDATES ?= 1
 
 tradeoff: $(VENV)/.dev
 	$(BENCH) plot tradeoff --out figures/bench-tradeoff.png
@@ -122,7 +124,7 @@ bench: $(VENV)/.dev
 	for method in GT=target Ref=reference miniature=$(MODEL); do \
 		name=$${method%%=*}; model=$${method#*=}; \
 		$(BENCH) generate --cases $(BENCH_RUNS)/cases-test-$(COUNT) --model "$$model" --workers $(JOBS) \
-			--out $(BENCH_RUNS)/pictures-test-$(COUNT)/$$name; \
+			--candidates $(CANDIDATES) --out $(BENCH_RUNS)/pictures-test-$(COUNT)/$$name; \
 		$(BENCH) score --cases $(BENCH_RUNS)/cases-test-$(COUNT) --judges mini --workers $(JOBS) --method $$name \
 			--pictures $(BENCH_RUNS)/pictures-test-$(COUNT)/$$name --out $(BENCH_RUNS)/test-$(COUNT)-$$name.json; \
 	done
@@ -137,7 +139,7 @@ sweep: COUNT = 24
 sweep: $(VENV)/.dev
 	$(call drawn_cases,validation,$(COUNT))
 	$(BENCH) generate --cases $(BENCH_RUNS)/cases-validation-$(COUNT) --model $(MODEL) --sweep --workers $(JOBS) \
-		--out $(BENCH_RUNS)/pictures-sweep
+		--candidates 1 --out $(BENCH_RUNS)/pictures-sweep
 	$(BENCH) score --cases $(BENCH_RUNS)/cases-validation-$(COUNT) --pictures $(BENCH_RUNS)/pictures-sweep \
 		--judges mini --workers $(JOBS) --method miniature --out $(BENCH_RUNS)/sweep.json
 	$(BENCH) plot sweep $(BENCH_RUNS)/sweep.json --out figures/bench-sweep.png

@@ -64,8 +64,8 @@ class Visitor:
     def picture(self, seed: int) -> np.ndarray:
         started = time.monotonic()
         file, settings, _ = self.client.predict(
-            prompt=PROMPT, photo_1=handle_file(self.photo), steps=self.steps, seed=seed, consent=True,
-            api_name="/generate",
+            prompt=PROMPT, photo_1=handle_file(self.photo), steps=self.steps, candidates=1, seed=seed,
+            consent=True, api_name="/generate",
         )  # fmt: skip
         self.seconds.append(time.monotonic() - started)
         self.paths.append(file["path"])

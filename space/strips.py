@@ -33,7 +33,10 @@ def strip(
     for position in positions:
         id_scale, siglip_scale = slider_scales(*position)
         generator = torch.Generator("cpu").manual_seed(seed)
-        out = pipe(PROMPT, faces=[photo], id_scale=id_scale, siglip_scale=siglip_scale, generator=generator)
+        out = pipe(
+            PROMPT, faces=[photo], id_scale=id_scale, siglip_scale=siglip_scale, num_candidates=1,
+            generator=generator,
+        )  # fmt: skip
         tiles.append(out.images[0])
     width, height = tiles[0].size
     sheet = Image.new("RGB", (width * len(tiles), height))

@@ -130,6 +130,7 @@ def _bad_cases() -> list[tuple[list[str], list[str]]]:
         (["--face", "{face}", "--diversity", "nan"], ["diversity", "nan"]),
         (["--width", "65"], ["width", "64", "80"]),
         (["--steps", "0"], ["num_inference_steps"]),
+        (["--candidates", "0"], ["num_candidates"]),
         (["--seed", "-1"], ["seed", "-1"]),
         (["--num-images", "0"], ["num_images"]),
         (["--out", "{folder}"], ["out"]),

@@ -509,7 +509,7 @@ def sheet(model: str, cases: Sequence[Case], people: int = 4, scale: int = 2) ->
         generator = torch.Generator().manual_seed(0)
         made = pipe(
             SHEET_PROMPTS[0], faces=[photos[0]], width=size, height=size, generator=generator,
-            id_scale=id_scale, siglip_scale=siglip_scale,
+            id_scale=id_scale, siglip_scale=siglip_scale, num_candidates=1,
         )  # fmt: skip
         put(made.images[0], people, column)
     ImageDraw.Draw(page).line(
