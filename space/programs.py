@@ -61,10 +61,10 @@ class Programs:
         shape: Shape = "square",
         steps: int | None = None,
         guidance: float | None = None,
-        candidates: int | None = None,
         seed: int | None = None,
         consent: bool = False,
         visible_mark: bool | None = None,
+        candidates: int | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio finds it by this default)
         request: gr.Request = None,
     ) -> tuple[dict, dict, dict]:
@@ -88,10 +88,10 @@ class Programs:
             shape: The picture's shape.
             steps: Denoising steps, 1 to 100. Default: the model's own.
             guidance: How closely to follow the prompt, 1 to 20. Default: the model's own.
-            candidates: Drawn at once, 1 to 8; the likest faces go on. Default: the model's own.
             seed: 0 or more; the same seed and settings give the same picture. Default: a new one.
             consent: Must be true where photos are given: the people in them agree to this picture.
             visible_mark: Write "AI-generated" on the picture too. Its file says so in any case.
+            candidates: Drawn at once, 1 to 8; the likest faces go on. Default: the model's own.
 
         Returns:
             The picture.
@@ -255,10 +255,10 @@ def add_endpoints(programs: Programs) -> None:
                 typed("shape", Shape, "square"),
                 typed("steps", int),
                 typed("guidance", float),
-                typed("candidates", int),
                 typed("seed", int),
                 typed("consent", bool, False),
                 typed("visible_mark", bool),
+                typed("candidates", int),
             ],
             [
                 Api(None, FILE_SCHEMA, "picture"),

@@ -191,6 +191,7 @@ def test_faces_are_found_and_a_layout_is_suggested(client, painted_photos) -> No
         ({"diversity": -1}, "Diversity"),
         ({"similarity": None}, "Similarity"),
         ({"guidance": -1}, "Guidance"),
+        ({"candidates": 9}, "Candidates"),
         ({"seed": -1}, "seed"),
         ({"steps": 100_000}, "100"),
         ({"bboxes": "here and there"}, "bboxes"),
@@ -211,7 +212,8 @@ def test_what_does_not_fit_is_a_message_and_the_page_goes_on(client, painted_pho
 
 
 def test_numbers_that_json_does_not_have_are_refused(client) -> None:
-    data = json.dumps({"data": ["ab", *[None] * 10, float("nan"), 0.5, None, "square", 2, 4, 0, True, None]})
+    values = ["ab", *[None] * 10, float("nan"), 0.5, None, "square", 2, 4, 0, True, None, None]
+    data = json.dumps({"data": values})
     call = f"{client.src}gradio_api/call/generate"
     answer = httpx.post(call, content=data, headers={"content-type": "application/json"})
     if answer.status_code == 200:
@@ -240,7 +242,7 @@ def test_files_of_the_server_are_out_of_reach(client, painted_photos, endpoint, 
     photo = {"path": str(painted_photos[0]), **meta}
     data = [photo] if endpoint == "find_faces" else ["ab", photo]
     if endpoint == "generate":
-        data += [None] * 10 + [1, 0.5, None, "square", 2, 4, 0, True, None]
+        data += [None] * 10 + [1, 0.5, None, "square", 2, 4, 0, True, None, None]
         data = data[:11] + data[12:]
     call = f"{client.src}gradio_api/call/{endpoint}"
     event = httpx.post(call, json={"data": data}).json()["event_id"]
