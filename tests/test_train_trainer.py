@@ -52,6 +52,24 @@ def _wake(adapter: FaceAdapter) -> None:
                 attention.to_out.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
 
 
+def test_the_identity_losses_see_the_target_as_it_is(world, tmp_path, monkeypatch):
+    """The recogniser is given the batch's own pictures in [-1, 1], beside the decoded estimates."""
+    from train import step as step_module
+
+    trainer = _trainer(world, tmp_path, paired_ratio=0.5, id_loss_weight=0.1)
+    batch, seen = _first_batch(trainer), []
+    real = step_module.align_face
+    monkeypatch.setattr(
+        step_module, "align_face", lambda images, kps: seen.append(images) or real(images, kps)
+    )
+    trainer.train_step(batch)
+    _, targets = seen  # of each face looked at, its whole picture
+    pictures = batch.pixels.numpy().astype(np.float32) / 127.5 - 1  # (B, 3, H, W)
+    assert -1 <= targets.min() < -0.2 and 0.2 < targets.max() <= 1
+    for target in targets.numpy():
+        assert np.abs(pictures - target).max(axis=(1, 2, 3)).min() < 1e-6
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(world, tmp_path, optimizer, monkeypatch):
     settings = {"paired_ratio": 0.5, "optimizer": optimizer, "max_train_steps": 5, "checkpointing_steps": 2,

@@ -77,7 +77,7 @@ class FrozenParts:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, keys: Sequence[str] = ()) -> Tensor:
-        """Pictures (B, 3, H, W) uint8 as packed latents (B, N, C): the distribution's mode.
+        """Pictures (B, 3, H, W) in [-1, 1] as packed latents (B, N, C): the distribution's mode.
 
         `keys` (B) name the pictures in the cache on disk.
         """
@@ -93,7 +93,6 @@ class FrozenParts:
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        pixels = pixels.float() / 127.5 - 1  # in [-1, 1]
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
         latents = (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
         return self.pipeline._pack_latents(latents, *latents.shape)

@@ -88,7 +88,7 @@ class TrainStep:
         height, width = batch.size
 
         # 1. Clean latents x_1, noise x_0 and their mixture at t = sigma.
-        pixels = batch.pixels.to(device)  # (B, 3, H, W) uint8
+        pixels = batch.pixels.to(device).float() / 127.5 - 1  # (B, 3, H, W)
         latents = frozen.encode_pixels(pixels, batch.latents_keys)  # (B, N, C)
         noise = draw_noise(batch, latents)
         sigma = sigmas_of(config, batch.uniform, frozen.mu(height, width)).to(device)  # (B,)
