@@ -10,6 +10,7 @@ import torch
 
 from tests import tiny
 from withanyone import flow
+from withanyone.adapter import CONDITIONING_KEY
 from withanyone.candidates import ABSENT, CandidateSearch, compose, token_owners
 from withanyone.mini.scheduler import SeededFlowMatchScheduler
 
@@ -152,6 +153,11 @@ def test_one_candidate_or_nobody_is_the_plain_call():
     plain = run(tiny.pipeline())
     assert torch.equal(run(pipe, num_candidates=1), plain)
     base = run(tiny.pipeline(), faces=None, bboxes=None)
+    embeddings, features = pipe.encode_faces([tiny.face(1), tiny.face(2)])
+    scales = {"id_scale": 0.0, "siglip_scale": 1.0}
+    ready = pipe.face_adapter.encode(embeddings, features, [BOXES], 64, 64, **scales)
+    given = {"faces": None, "bboxes": None, "joint_attention_kwargs": {CONDITIONING_KEY: ready}}
+    assert torch.equal(run(pipe, num_candidates=4, **given), run(tiny.pipeline(), **given))
     assert torch.equal(run(pipe, num_candidates=4, faces=None, bboxes=None), base)
     assert torch.equal(run(pipe, num_candidates=4, id_scale=0.0, siglip_scale=0.0), base)
 

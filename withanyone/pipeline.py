@@ -375,7 +375,10 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 bboxes = layout.default_bboxes(len(faces), height, width)
             patch = self.face_adapter.config.pixels_per_token
             bboxes = layout.check_bboxes(bboxes, height, width, num_people=len(faces), pixels_per_token=patch)
+        search = None
         if faces is not None and (id_scale > 0 or siglip_scale > 0):
+            if num_candidates > 1:
+                self._check_search(num_candidates, kwargs.get("latents"))
             self._attach_adapter()
             self.face_adapter.to(self._execution_device)
             embeddings, image_features = self.encode_faces(faces, with_image_features=siglip_scale > 0)
@@ -390,12 +393,11 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             )
             if self._is_offloaded:
                 self.face_adapter.put_encoding_aside()
+            if num_candidates > 1:
+                search = CandidateSearch(self, embeddings[0].numpy(), bboxes, height, width, num_candidates)
 
         # 4. Several candidates of each picture, where there is something to choose them by.
-        search = None
-        if num_candidates > 1 and CONDITIONING_KEY in attention_kwargs:
-            self._check_search(num_candidates, kwargs.get("latents"))
-            search = CandidateSearch(self, embeddings[0].numpy(), bboxes, height, width, num_candidates)
+        if search is not None:
             num_images_per_prompt *= num_candidates
             if isinstance(generator, list):
                 generator = [each for each in generator for _ in range(num_candidates)]
