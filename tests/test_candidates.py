@@ -102,10 +102,12 @@ def test_the_picture_is_the_best_of_its_candidates():
     pipe = pipe_with(Analyzer(one, swapped, both), scheduler=tiny.scheduler())
     search = CandidateSearch(pipe, np.stack(wanted), BOXES, 64, 64, 3)
     latents = torch.randn(6, 16, 16)
-    scores = search.scores(latents)
+    scores = search.scores(search.decode(latents))
     assert scores[0, 1] == scores[3, 1] == ABSENT
     assert scores[2] == pytest.approx([1, 1]) and (scores[1] < 0.9).all()
-    assert torch.equal(search.best(latents), latents[[2, 5]])
+    best, pictures = search.best(latents)
+    assert torch.equal(best, latents[[2, 5]])
+    torch.testing.assert_close(pictures, pipe.decode_latents(latents[[2, 5]], 64, 64), rtol=1e-4, atol=1e-5)
 
 
 def test_candidates_without_a_choice_are_pictures_of_their_own():

@@ -83,9 +83,10 @@ class CandidateSearch:
         self.owners = token_owners(bboxes, height, width, patch)
         self.estimates = flow.CleanEstimates()
 
-    def scores(self, latents: torch.Tensor) -> np.ndarray:
-        """How like each person is in each picture, (B, P): cosines, `ABSENT` where no face is in the box."""
-        images = self.pipe.image_processor.postprocess(self._decode(latents), output_type="pil")
+    def scores(self, pictures: torch.Tensor) -> np.ndarray:
+        """How like each person is in each picture (B, 3, H, W): cosines (B, P), `ABSENT` where no face is in
+        the box."""
+        images = self.pipe.image_processor.postprocess(pictures, output_type="pil")
         scores = np.full((len(images), len(self.bboxes)), ABSENT)
         for row, image in zip(scores, images, strict=True):
             found = self.pipe.face_analyzer.detect(image)
@@ -95,7 +96,7 @@ class CandidateSearch:
                 row[person] = similarity_matrix(face, self.embeddings[person, None])[0, 0]
         return scores
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, H, W), one after the other: a look needs no memory for all of them at once."""
         return torch.cat([self.pipe.decode_latents(row, self.height, self.width) for row in latents.split(1)])
 
@@ -106,7 +107,7 @@ class CandidateSearch:
         sigma, left = float(scheduler.sigmas[step]), float(scheduler.sigmas[step + 1])
         if clean is None or not MIN_SIGMA <= sigma <= MAX_SIGMA or left == 0:
             return latents
-        scores = self.scores(clean.to(latents.dtype))
+        scores = self.scores(self.decode(clean.to(latents.dtype)))
         moved = []
         groups = (clean.split(self.num_candidates), np.split(scores, len(scores) // self.num_candidates))
         for group, group_scores in zip(*groups, strict=True):
@@ -131,8 +132,11 @@ class CandidateSearch:
 
         return on_step_end
 
-    def best(self, latents: torch.Tensor) -> torch.Tensor:
-        """Of every picture's finished candidates the best on the whole: (pictures, N, C)."""
-        scores = self.scores(latents).mean(axis=1).reshape(-1, self.num_candidates)  # (pictures, K)
+    def best(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every picture's finished candidates the best on the whole: its latents (pictures, N, C), and
+        what they show (pictures, 3, H, W)."""
+        pictures = self.decode(latents)
+        scores = self.scores(pictures).mean(axis=1).reshape(-1, self.num_candidates)  # (pictures, K)
         chosen = scores.argmax(axis=1) + np.arange(len(scores)) * self.num_candidates
-        return latents[torch.as_tensor(chosen, device=latents.device)]
+        chosen = torch.as_tensor(chosen, device=latents.device)
+        return latents[chosen], pictures[chosen.to(pictures.device)]

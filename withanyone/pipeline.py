@@ -433,9 +433,8 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 **kwargs,
             )
         if search is not None:
-            images = search.best(images)
+            images, pictures = search.best(images)
             if output_type != "latent":
-                pictures = self.decode_latents(images, height, width)
                 images = self.image_processor.postprocess(pictures, output_type=output_type)
             self.maybe_free_model_hooks()
         return WithAnyonePipelineOutput(images=images, bboxes=bboxes) if return_dict else (images,)
