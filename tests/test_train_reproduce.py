@@ -42,6 +42,10 @@ def test_the_plan_has_the_rows_of_the_claim():
     assert rows["most_similar"].settings["reference_rule"] == "released"
     assert [len(row.seeds) for row in plan.rows] == [3 if r.headline else 1 for r in plan.rows]
     assert {r.name for r in plan.rows if r.headline} == {"control", "full"}
+    samplings = {sampling.name: sampling.words for sampling in plan.samplings}
+    assert samplings == {
+        "one_candidate": ("--candidates", "1"), "four_candidates": ("--candidates", "4"),
+    }  # fmt: skip
     assert "--count 400" in plan.test["make"] and "--split validation" in plan.validation["make"]
     shared = read_yaml(PHASES / plan.config)
     assert shared["paired_ratio"] == 0.8  # every row but the control is paired
@@ -59,6 +63,8 @@ def test_headline_rows_come_first_and_a_part_can_be_asked_for(tmp_path):
     assert [(row.name, seed) for row, seed in plan.runs(["paired"])] == [("paired", 0)]
     with pytest.raises(ValueError, match="nonsense"):
         list(plan.runs(["nonsense"]))
+    with pytest.raises(ValueError, match="`samplings` has no 'two'; known: .*one_candidate"):
+        plan.sampling("two")
 
 
 def test_a_row_with_an_unknown_setting_is_refused(tmp_path):
@@ -89,7 +95,7 @@ class _Commands:
     """Stands for the commands: writes what they would."""
 
     def __init__(self, sim_gt):
-        self.sim_gt, self.calls = sim_gt, []
+        self.sim_gt, self.calls, self.candidates = sim_gt, [], []
 
     def __call__(self, *words, threads=None):
         words = [str(word) for word in words]
@@ -103,6 +109,9 @@ class _Commands:
             folder = Path(config["output_dir"]) / "best"
             folder.mkdir(parents=True)
             (folder / "best.json").write_text(json.dumps({"step": 110}))
+        elif words[3] == "generate":
+            self.candidates.append(words[words.index("--candidates") + 1])
+            Path(words[words.index("--out") + 1]).mkdir(parents=True)
         elif words[3] == "score":
             out = Path(words[words.index("--out") + 1])
             _results(out, self.sim_gt)
@@ -125,30 +134,34 @@ def test_the_command_does_everything_once_and_in_pieces(tmp_path, monkeypatch, c
     assert Counter(commands.calls) == {"withanyone.mini shards": 1, "withanyone.mini cases": 2, "train": 3}
     model = tmp_path / "out" / "full" / "seed_0" / "model"
     assert (model / "vae").is_symlink() and (model / "face_adapter" / "best.json").exists()
+    main(["reproduce", "--plan", path, "--samplings", "one_candidate"])
+    said = capsys.readouterr().out
+    assert commands.calls.count("withanyone.bench score") == 12 and set(commands.candidates) == {"1"}
+    assert "## Test pictures with four candidates\n\nNo run is scored yet." in said
     main(["reproduce", "--plan", path])
     said = capsys.readouterr().out
-    assert commands.calls.count("withanyone.bench score") == 12
+    assert commands.calls.count("withanyone.bench score") == 24 and commands.candidates.count("4") == 12
+    assert commands.calls.count("train") == 13
     assert commands.calls.count("withanyone.mini cases") == 2
     before = len(commands.calls)
     main(["reproduce", "--plan", path])
     assert len(commands.calls) == before  # everything is scored: nothing is done again
-    assert "reconstruction goes on (control)" in said and "| 3 | 40 |" in said
+    assert said.count("reconstruction goes on (control) | 3 | 40 |") == 2 and "No run" not in said
     for suffix in (".json", ".md", ".png"):
         assert (tmp_path / "figures" / f"claim{suffix}").stat().st_size > 500
-    summary = json.loads((tmp_path / "figures" / "claim.json").read_text())
-    assert summary["missing"] == [] and summary["rows"]["full"]["steps_chosen"] == {
-        "0": 110,
-        "1": 110,
-        "2": 110,
-    }
+    summaries = json.loads((tmp_path / "figures" / "claim.json").read_text())["samplings"]
+    for summary in summaries.values():
+        assert summary["missing"] == []
+        assert summary["rows"]["full"]["steps_chosen"] == {"0": 110, "1": 110, "2": 110}
+    assert summaries["four_candidates"]["generate"] == ["--candidates", "4"]
 
 
 def test_a_row_scored_on_other_cases_is_refused(tmp_path):
     plan = read_plan(_plan(tmp_path))
     for row, fingerprint in (("control", "a"), ("full", "b")):
-        folder = plan.out / row / "seed_0"
-        folder.mkdir(parents=True)
-        _results(folder / "results.json", 0.6, fingerprint=fingerprint)
+        path = plan.results(plan.row(row), 0, plan.samplings[0])
+        path.parent.mkdir(parents=True)
+        _results(path, 0.6, fingerprint=fingerprint)
     with pytest.raises(ValueError, match="different cases"):
         write_table(plan)
 
@@ -194,7 +207,8 @@ def test_the_verdict_says_what_the_figures_say(tmp_path, control, full, said):
     assert said in sentences
     if said != "The aim is reached.":
         assert "The aim is reached" not in sentences
-    shown = table({"rows": rows, "verdict": verdict(rows, plan), "missing": ["x"], "identity_by": ["judge"]})
+    shown = table({"rows": rows, "verdict": verdict(rows, plan), "missing": ["x"], "identity_by": ["judge"],
+                   "title": "one candidate"})  # fmt: skip
     assert f"{control[1]:+.3f}" in shown and said in shown and "Not yet there: x." in shown
 
 
@@ -238,13 +252,14 @@ def test_two_rows_of_two_steps_from_the_miniature_itself(tmp_path):
         rows={name: rows[name] for name in ("control", "full")},
         validation={"cases": str(out / "v"), "count": 1, "every": 1, "metric": "sim_gt",
                     "make": "python -m withanyone.mini cases --split validation --count 1 --out {out}"},
-        test={"cases": str(out / "t"), "judges": ["mini"], "generate": ["--steps", "2"],
+        samplings={"few": {"title": "two steps", "generate": ["--steps", 2]}},
+        test={"cases": str(out / "t"), "judges": ["mini"],
               "make": "python -m withanyone.mini cases --split test --count 3 --out {out}"},
     )  # fmt: skip
     command = [sys.executable, "-m", "train.reproduce", "--plan", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "full recipe" in done.stdout
-    summary = json.loads((tmp_path / "figures" / "claim.json").read_text())
+    summary = json.loads((tmp_path / "figures" / "claim.json").read_text())["samplings"]["few"]
     assert set(summary["rows"]) == {"control", "full"} and summary["missing"] == []
     assert all(row["cases"] == 3 and "ceiling" in row for row in summary["rows"].values())

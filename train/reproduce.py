@@ -2,10 +2,10 @@
 
 `reproduce.yaml` names the rows: settings on top of one shared phase file, all going on from one phase-2
 adapter for the same number of steps. First what all rows need is made: shards and that adapter. For each row
-and seed: train (the best checkpoint is chosen on validation cases), make the test cases' pictures, have them
-scored by the judge, once. Then a table, a figure (Sim(GT) against copy-paste, as the paper's Figure 5) and
-their JSON, and what they say about the claim, whatever that is. Every step is a command that goes on where it
-was stopped, so all of it does.
+and seed: train (the best checkpoint is chosen on validation cases), make the test cases' pictures by each of
+the plan's samplings, have them scored by the judge, once. Then for each sampling a table, a figure (Sim(GT)
+against copy-paste, as the paper's Figure 5) and their JSON, and what they say about the claim, whatever that
+is. Every step is a command that goes on where it was stopped, so all of it does.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """One way to make the test pictures: `words` for `python -m withanyone.bench generate`."""
+
+    name: str
+    title: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `reproduce.yaml` says."""
 
@@ -63,6 +72,7 @@ class Plan:
     config: str
     validation: dict[str, Any]
     test: dict[str, Any]
+    samplings: tuple[Sampling, ...]
     rows: tuple[Row, ...]
     control: str
     full: str
@@ -78,13 +88,16 @@ class Plan:
         return max(1, (os.cpu_count() or 1) // self.at_once)
 
     def row(self, name: str) -> Row:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise ValueError(f"`rows` has no {name!r}; known: {', '.join(row.name for row in self.rows)}.")
+        return _named(name, self.rows, "rows")
+
+    def sampling(self, name: str) -> Sampling:
+        return _named(name, self.samplings, "samplings")
 
     def folder(self, row: Row, seed: int) -> Path:
         return self.out / row.name / f"seed_{seed}"
+
+    def results(self, row: Row, seed: int, sampling: Sampling) -> Path:
+        return self.folder(row, seed) / sampling.name / "results.json"
 
     def runs(self, names: Sequence[str] | None = None) -> Iterator[tuple[Row, int]]:
         """The rows with each of their seeds, the two headline rows' first seeds first."""
@@ -94,6 +107,13 @@ class Plan:
             for row in chosen:
                 if place < len(row.seeds):
                     yield row, row.seeds[place]
+
+
+def _named(name: str, entries: Sequence[Any], what: str) -> Any:
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise ValueError(f"`{what}` has no {name!r}; known: {', '.join(entry.name for entry in entries)}.")
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -108,8 +128,12 @@ def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
             )
             for name, entry in values.pop("rows").items()
         )  # fmt: skip
+        samplings = tuple(
+            Sampling(name, entry["title"], tuple(map(str, entry["generate"])))
+            for name, entry in values.pop("samplings").items()
+        )
         paths = {name: Path(values.pop(name)) for name in ("out", "figures")}
-        plan = Plan(rows=rows, overrides=tuple(overrides), **paths, **values)
+        plan = Plan(rows=rows, samplings=samplings, overrides=tuple(overrides), **paths, **values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"`plan` {path} lacks or has an entry that is not known: {error}.") from error
     plan.row(plan.control), plan.row(plan.full)
@@ -210,27 +234,25 @@ def link_pipeline(pretrained: Path, adapter: Path, out: Path) -> None:
     os.replace(aside, out)
 
 
-def generate(plan: Plan, row: Row, seed: int) -> None:
+def generate(plan: Plan, row: Row, seed: int, sampling: Sampling) -> None:
     """The test cases' pictures by one run's model."""
     folder = plan.folder(row, seed)
     if not (folder / "model" / "model_index.json").exists():
         raise ValueError(f"{folder} is not trained yet: the stage `train` comes first.")
     command(
         sys.executable, "-m", "withanyone.bench", "generate", "--cases", plan.test["cases"],
-        "--model", folder / "model", "--out", folder / "pictures",
-        *map(str, plan.test.get("generate", [])), threads=plan.threads,
+        "--model", folder / "model", "--out", folder / sampling.name / "pictures", *sampling.words,
+        threads=plan.threads,
     )  # fmt: skip
 
 
-def score(plan: Plan, row: Row, seed: int) -> None:
+def score(plan: Plan, row: Row, seed: int, sampling: Sampling) -> None:
     """Their figures by the judge, once."""
-    folder = plan.folder(row, seed)
-    if (folder / "results.json").exists():
-        return
+    results = plan.results(row, seed, sampling)
     command(
         sys.executable, "-m", "withanyone.bench", "score", "--cases", plan.test["cases"],
-        "--pictures", folder / "pictures", "--out", folder / "results.json", "--method", row.title,
-        "--judges", *plan.test["judges"], "--cache", folder / "seen",
+        "--pictures", results.parent / "pictures", "--out", results, "--method", row.title,
+        "--judges", *plan.test["judges"], "--cache", results.parent / "seen",
         threads=plan.threads,
     )  # fmt: skip
 
@@ -281,14 +303,14 @@ def row_figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def collect(plan: Plan) -> dict[str, Any]:
-    """Everything the table shows, of the runs that are scored: what the committed JSON holds."""
+def collect(plan: Plan, sampling: Sampling) -> dict[str, Any]:
+    """Everything a sampling's table shows, of the runs that are scored: what the committed JSON holds."""
     rows: dict[str, Any] = {}
     fingerprints, judges = set(), set()
     for row in plan.rows:
         found = {}
         for seed in row.seeds:
-            path = plan.folder(row, seed) / "results.json"
+            path = plan.results(row, seed, sampling)
             if path.exists():
                 found[seed] = read_results(path)
         if not found:
@@ -305,12 +327,11 @@ def collect(plan: Plan) -> dict[str, Any]:
             "cases": min(result["bench"]["cases"] for result in found.values()), **figures,
             "ranked": is_ranked(figures, plan.min_ceiling_share),
         }  # fmt: skip
-    if not rows:
-        raise ValueError(f"`out` {plan.out}: no run is scored yet.")
     if len(fingerprints) > 1:
         raise ValueError(f"`out` {plan.out}: runs were scored on different cases; delete the older results.")
     return {
-        "identity_by": sorted(judges), "rows": rows, "verdict": verdict(rows, plan), "missing": missing(plan),
+        "title": sampling.title, "generate": list(sampling.words), "identity_by": sorted(judges),
+        "rows": rows, "verdict": verdict(rows, plan), "missing": missing(plan, sampling),
     }  # fmt: skip
 
 
@@ -319,11 +340,11 @@ def is_ranked(figures: Mapping[str, Any], share: float) -> bool:
     return bool(figures["sim_gt"]["mean"] >= share * figures["ceiling"]["mean"])
 
 
-def missing(plan: Plan) -> list[str]:
-    """Runs that have no figures yet."""
+def missing(plan: Plan, sampling: Sampling) -> list[str]:
+    """Runs that have no figures by this sampling yet."""
     return [
         f"{row.name}, seed {seed}" for row in plan.rows for seed in row.seeds
-        if not (plan.folder(row, seed) / "results.json").exists()
+        if not plan.results(row, seed, sampling).exists()
     ]  # fmt: skip
 
 
@@ -365,11 +386,14 @@ def _shown(figure: Mapping[str, float] | None) -> str:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The rows as Markdown."""
+    """A sampling's rows as Markdown."""
+    if not summary["rows"]:
+        return f"## Test pictures with {summary['title']}\n\nNo run is scored yet.\n"
     names = [*SHOWN, *(f"copied_{name}" for name in COPIED)]
     names = [name for name in names if any(name in row for row in summary["rows"].values())]
     head = ["row", "seeds", "cases", *(name.replace("_", " ") for name in names), "ranked"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [f"## Test pictures with {summary['title']}", ""]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in summary["rows"].values():
         cells = [row["title"], str(len(row["seeds"])), str(row["cases"])]
         cells += [_shown(row.get(name)) for name in names] + ["yes" if row["ranked"] else "no"]
@@ -383,42 +407,58 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Sim(GT) against copy-paste, a point a row with its intervals; small points are single seeds."""
+def plot(summaries: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Sim(GT) against copy-paste: a panel a sampling, a point a row (each of `names` has a colour) with its
+    intervals; small points are single seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 5), constrained_layout=True)
-    for number, row in enumerate(summary["rows"].values()):
-        if "copy_paste" not in row:
-            continue
-        x, y = row["sim_gt"], row["copy_paste"]
-        color = f"C{number}"
-        axis.errorbar(
-            x["mean"], y["mean"], xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
-            yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]], fmt="o" if row["ranked"] else "x",
-            color=color, capsize=2, label=row["title"] + ("" if row["ranked"] else " (not ranked)"),
-        )  # fmt: skip
-        if len(row["seeds"]) > 1:
-            axis.scatter(x["seeds"], y["seeds"], s=10, color=color, alpha=0.6)
-    axis.axhline(0, color="#999", linewidth=0.8)
-    axis.set(xlabel="Sim(GT), by the judge", ylabel="copy-paste (lower is better)")
-    axis.legend(fontsize=7, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))  # bars reach every corner
+    figure, axes = plt.subplots(
+        1, len(summaries), figsize=(1 + 5 * len(summaries), 5), sharey=True, squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
+    entries: dict[str, Any] = {}
+    for axis, summary in zip(axes[0], summaries, strict=True):
+        for number, name in enumerate(names):
+            row = summary["rows"].get(name, {})
+            if "copy_paste" not in row:
+                continue
+            x, y = row["sim_gt"], row["copy_paste"]
+            bars = axis.errorbar(
+                x["mean"], y["mean"], xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
+                yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]], fmt="o" if row["ranked"] else "x",
+                color=f"C{number}", capsize=2,
+            )  # fmt: skip
+            entries.setdefault(row["title"], bars)
+            if len(row["seeds"]) > 1:
+                axis.scatter(x["seeds"], y["seeds"], s=10, color=f"C{number}", alpha=0.6)
+        axis.axhline(0, color="#999", linewidth=0.8)
+        axis.set(xlabel="Sim(GT), by the judge", title=f"{summary['title']} (cross: not ranked)")
+        axis.title.set_fontsize(9)
+    axes[0][0].set_ylabel("copy-paste (lower is better)")
+    figure.legend(entries.values(), entries, fontsize=7, ncol=2, loc="outside upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def write_table(plan: Plan) -> str:
-    """Table, figure and JSON of what is scored so far."""
-    summary = collect(plan)
+    """Tables, figure and JSON of what is scored so far.
+
+    Raises:
+        ValueError: nothing is.
+    """
+    summaries = {sampling.name: collect(plan, sampling) for sampling in plan.samplings}
+    if not any(summary["rows"] for summary in summaries.values()):
+        raise ValueError(f"`out` {plan.out}: no run is scored yet.")
     plan.figures.parent.mkdir(parents=True, exist_ok=True)
-    plan.figures.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
-    text = table(summary)
+    plan.figures.with_suffix(".json").write_text(json.dumps({"samplings": summaries}, indent=1) + "\n")
+    text = "\n".join(table(summary) for summary in summaries.values())
     plan.figures.with_suffix(".md").write_text(text)
-    plot(summary, plan.figures.with_suffix(".png"))
+    shown = [summary for summary in summaries.values() if summary["rows"]]
+    plot(shown, [row.name for row in plan.rows], plan.figures.with_suffix(".png"))
     return text
 
 
@@ -426,6 +466,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, default=PLAN, help="default: train/reproduce.yaml")
     parser.add_argument("--rows", nargs="+", help="these only")
     parser.add_argument("--seeds", nargs="+", type=int, help="these only")
+    parser.add_argument("--samplings", nargs="+", help="these only, by name")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every training"
@@ -435,11 +476,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """The claim's rows: trained, scored by the judge, and a table of all that is there."""
     plan = read_plan(args.plan, args.set)
-    steps = {"train": train, "generate": generate, "score": score}
-    stages = [name for name in steps if name in args.stages]
+    stages = [name for name in STAGES[:-1] if name in args.stages]
+    samplings = [plan.sampling(name) for name in args.samplings] if args.samplings else plan.samplings
     runs = [
         (row, seed) for row, seed in plan.runs(args.rows)
-        if (not args.seeds or seed in args.seeds) and not (plan.folder(row, seed) / "results.json").exists()
+        if (not args.seeds or seed in args.seeds)
+        and not all(plan.results(row, seed, sampling).exists() for sampling in samplings)
     ]  # fmt: skip
     if runs and stages:
         make_before(plan)
@@ -447,8 +489,15 @@ def run(args: argparse.Namespace) -> str:
             ensure_cases(entry)
 
     def one(run: tuple[Row, int]) -> None:
-        for stage in stages:
-            steps[stage](plan, *run)
+        if "train" in stages:
+            train(plan, *run)
+        for sampling in samplings:
+            if plan.results(*run, sampling).exists():
+                continue
+            if "generate" in stages:
+                generate(plan, *run, sampling)
+            if "score" in stages:
+                score(plan, *run, sampling)
 
     with ThreadPoolExecutor(plan.at_once) as pool:
         work = [pool.submit(one, run) for run in runs]
@@ -457,7 +506,10 @@ def run(args: argparse.Namespace) -> str:
                 run.result()
         finally:
             pool.shutdown(cancel_futures=True)  # a failed run stops those that have not begun
-    return write_table(plan) if "table" in args.stages else "\n".join(missing(plan)) or "all runs are scored"
+    if "table" in args.stages:
+        return write_table(plan)
+    left = [f"{name}, {s.title}" for s in samplings for name in missing(plan, s)]
+    return "\n".join(left) or "all runs are scored"
 
 
 if __name__ == "__main__":
