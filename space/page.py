@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+#: Fields that a picture made here brings back when dropped on the page, in their order as events' inputs.
+SETTINGS = ("prompt", "similarity", "diversity", "shape", "steps", "guidance", "candidates", "seed")
 #: Changes of the easel's boxes go into the text field inside the browser, so that none is late.
 BOXES_TO_TEXT = "() => window.withanyoneBoxes"
 
@@ -344,16 +346,7 @@ class _Builder:
     # -- what happens when -----------------------------------------------------------------------------------
 
     def wire(self) -> None:
-        settings = [
-            self.prompt,
-            self.similarity,
-            self.diversity,
-            self.shape,
-            self.steps,
-            self.guidance,
-            self.candidates,
-            self.seed,
-        ]
+        settings = [getattr(self, name) for name in SETTINGS]
         ways = [self.make, self.sweep, self.cancel]
         shown = [self.people, self.easel, self.boxes]
         many = {**PRIVATE, "trigger_mode": "multiple"}
@@ -438,9 +431,8 @@ class _Builder:
     ) -> list:
         before = len(visit.people)
         said, tone, found = self.desk.bring(visit, files, person, dropped, photos)
-        names = ("prompt", "similarity", "diversity", "shape", "steps", "guidance", "candidates", "seed")
         if found is None:
-            rest = [gr.skip()] * (1 + len(names))
+            rest = [gr.skip()] * (1 + len(SETTINGS))
             return [*self.refresh(visit, shape, boxes, before, said, tone), *rest]
         shape = found.get("shape", shape)
         width, height = self.desk.size(visit, shape)
@@ -450,7 +442,7 @@ class _Builder:
         except (KeyError, ValueError):
             kept = self.desk.suggested_boxes(visit, shape)
         cards = parts.people_value(visit, self.desk.common, said, tone)
-        rest = [found.get(name, gr.skip()) for name in names]
+        rest = [found.get(name, gr.skip()) for name in SETTINGS]
         return [cards, self.idle_easel(visit, shape, kept), text_of(kept), "seed" not in found, *rest]
 
     def on_act(self, shape: str, boxes: str, event: gr.EventData, request: gr.Request) -> list:
