@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SHAPES = ("square", "landscape", "portrait")
 FLUX_SIZES = {"square": (1024, 1024), "landscape": (1216, 832), "portrait": (832, 1216)}
 MAX_SEED = 2**31 - 1
-PREVIEW_SIDE = 512  # pixels: latents are averaged down to decode no more than this
+PREVIEW_SIDE = 512  # pixels, at most
 PREVIEW_SECONDS = 0.3  # between two previews
 
 
@@ -483,15 +483,10 @@ class Preview:
         return image
 
     def decode(self, latents: torch.Tensor) -> Image.Image:
-        """Decoded at most PREVIEW_SIDE pixels long, by averaging latents first: (1, N, C) -> a picture."""
-        pipe, config = self.pipe, self.pipe.vae.config
-        latents = pipe._unpack_latents(latents, self.height, self.width, pipe.vae_scale_factor)
-        factor = max(1, max(self.width, self.height) // PREVIEW_SIDE)  # (1, C, H/8, W/8)
-        if factor > 1:
-            latents = torch.nn.functional.avg_pool2d(latents, factor)
-        latents = latents / config.scaling_factor + config.shift_factor
-        pixels = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
-        return pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+        """Decoded at most PREVIEW_SIDE pixels long: (1, N, C) -> a picture."""
+        shrink = max(1, max(self.width, self.height) // PREVIEW_SIDE)
+        pixels = self.pipe.decode_latents(latents, self.height, self.width, shrink)
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
 
 
 @dataclass

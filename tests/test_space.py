@@ -219,6 +219,13 @@ def test_previews_come_near_the_picture(pipe, monkeypatch, stochastic) -> None:
     assert distances[-1] < (8 if stochastic else 4) and distances[-1] < distances[0]
 
 
+def test_previews_of_large_pictures_are_smaller(pipe, monkeypatch) -> None:
+    monkeypatch.setattr(studio, "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr(studio, "PREVIEW_SIDE", 32)
+    views = [u for u in Studio(pipe).make([order(steps=4)], _permit()) if isinstance(u, Working)]
+    assert {view.preview.size for view in views if view.preview is not None} == {(32, 32)}
+
+
 def _permit():
     return studio._Always()
 

@@ -439,10 +439,15 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
             self.maybe_free_model_hooks()
         return WithAnyonePipelineOutput(images=images, bboxes=bboxes) if return_dict else (images,)
 
-    def decode_latents(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Packed latents (B, N, C) as pictures (B, 3, height, width), about [-1, 1]; with gradients."""
+    def decode_latents(self, latents: torch.Tensor, height: int, width: int, shrink: int = 1) -> torch.Tensor:
+        """Packed latents (B, N, C) as pictures (B, 3, height, width), about [-1, 1]; with gradients.
+
+        shrink: how many times smaller than that the pictures are, for previews; latents are averaged.
+        """
         config = self.vae.config
         latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
+        if shrink > 1:
+            latents = torch.nn.functional.avg_pool2d(latents, shrink)
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         latents = latents.to(get_module_execution_device(self.vae), self.vae.dtype)
         return self.vae.decode(latents, return_dict=False)[0]
