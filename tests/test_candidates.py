@@ -11,7 +11,15 @@ import torch
 from tests import tiny
 from withanyone import flow
 from withanyone.adapter import CONDITIONING_KEY
-from withanyone.candidates import ABSENT, CandidateSearch, compose, token_owners
+from withanyone.candidates import (
+    ABSENT,
+    MAX_LOOKS,
+    MAX_SIGMA,
+    CandidateSearch,
+    compose,
+    steps_to_look_at,
+    token_owners,
+)
 from withanyone.mini.scheduler import SeededFlowMatchScheduler
 
 BOXES = [(4, 8, 30, 40), (34, 6, 60, 44)]
@@ -64,6 +72,16 @@ def test_each_person_goes_on_from_the_candidate_where_they_are_likest():
     scores = np.array([[0.9, 0.1], [0.3, 0.8], [0.55, 0.6]])
     out = compose(clean, scores, torch.tensor([0, 1, -1, 0]))
     assert out[:, 0].tolist() == [0, 1, 2, 0]  # elsewhere the best on the whole
+
+
+def test_few_steps_are_all_looked_at_and_many_evenly():
+    assert steps_to_look_at([1.0, 0.86, 0.85, 0.5, 0.1, 0.09, 0.0]) == [2, 3, 4]
+    assert steps_to_look_at([0.5, 0.3, 0.0]) == [0]  # after the last step there is nothing left to choose
+    assert steps_to_look_at([1.0, 0.9, 0.0]) == []
+    sigmas = np.linspace(1, 0, 51)
+    looks = steps_to_look_at(sigmas)
+    assert len(looks) == MAX_LOOKS and sigmas[looks[0] - 1] > MAX_SIGMA >= sigmas[looks[0]]
+    assert np.diff(looks).min() >= 3 and np.diff(looks).max() <= 5
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
