@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 PATCH = 16  # pixels a side of a FLUX token
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where the held-out error is measured
+HELD_OUT_PICTURES = 256  # on how many it is measured at the end
 TEXT_DROPOUT = 0.1
 OPEN_END = 10**6  # the trunk's own number of steps: it can always be continued
 CAPTIONS = 3  # captions of each training picture
@@ -889,7 +890,7 @@ def _run(args: argparse.Namespace) -> None:
     write()
     hours = (trunk.elapsed + branch.elapsed) / 3600
     told = {"steps": first + args.steps + args.cooldown, "training_hours_since_init": round(hours, 2)}
-    write_figures(args.pretrained, "base", {**errors(256), **told})
+    write_figures(args.pretrained, "base", {**errors(HELD_OUT_PICTURES), **told})
 
 
 def _add_guidance(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from .parts import RUNS
 
 logger = logging.getLogger(__name__)
 
-SHARD_SIZE = 500
+SHARD_SIZE, VALIDATION_SHARD_SIZE = 500, 100
 CAPTIONS_PER_PICTURE = 2
 MAX_PEOPLE = 4
 #: Share of pictures whose faces stand where the pipeline's default boxes are, give or take, and not where the
@@ -201,18 +201,21 @@ def shard_paths(folder: Path, split: str = "train") -> list[Path]:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=RUNS / "pictures")
     parser.add_argument("--shards", type=int, default=96, help=f"shards of {SHARD_SIZE} training pictures")
-    parser.add_argument("--validation-shards", type=int, default=16, help="shards of 100 validation pictures")
+    parser.add_argument(
+        "--validation-shards", type=int, default=16,
+        help=f"shards of {VALIDATION_SHARD_SIZE} validation pictures",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
 
 
 def _run(args: argparse.Namespace) -> None:
     for shard in range(args.validation_shards):
-        render_shard(args.out, shard, "validation", args.seed, size=100)
+        render_shard(args.out, shard, "validation", args.seed, size=VALIDATION_SHARD_SIZE)
     started, new = time.monotonic(), 0
     for shard in range(args.shards):
         if (args.out / f"train_{shard:05d}.safetensors").exists():
             continue
-        render_shard(args.out, shard, "train", args.seed)
+        render_shard(args.out, shard, "train", args.seed, size=SHARD_SIZE)
         new += 1
         left = (time.monotonic() - started) / new * (args.shards - shard - 1) / 60
         logger.info("pictures: shard %d of %d, %.1f minutes left", shard + 1, args.shards, left)
