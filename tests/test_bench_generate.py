@@ -284,7 +284,7 @@ def test_no_label_covers_another() -> None:
     """The placing of labels on a crowd of dots."""
     from withanyone.bench import plots
 
-    figure, (axis,) = plots._start(6, 4)
+    figure, (axis,) = plots.start_figure(6, 4)
     dots = np.random.default_rng(0).uniform(0.4, 0.6, (14, 2))
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)

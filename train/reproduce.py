@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from withanyone.bench import plots
 from withanyone.bench.figures import metric_values
 from withanyone.bench.results import read_results
 from withanyone.bench.scoring import Settings
@@ -40,6 +41,7 @@ STAGES = ("train", "generate", "score", "table")
 SHOWN = ("sim_gt", "sim_ref", "copy_paste", "prompt_following", "found", "ceiling")
 COPIED = ("hair_style", "glasses", "expression")
 RESAMPLES = 2000
+COLORS = (*plots.PALETTE, plots.GREY, plots.INK)
 
 
 @dataclass(frozen=True)
@@ -410,17 +412,9 @@ def table(summary: Mapping[str, Any]) -> str:
 def plot(summaries: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
     """Sim(GT) against copy-paste: a panel a sampling, a point a row (each of `names` has a colour) with its
     intervals; small points are single seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(summaries), figsize=(1 + 5 * len(summaries), 5), sharey=True, squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
+    figure, axes = plots.start_figure(1 + 4.5 * len(summaries), 5, columns=len(summaries))
     entries: dict[str, Any] = {}
-    for axis, summary in zip(axes[0], summaries, strict=True):
+    for axis, summary in zip(axes, summaries, strict=True):
         for number, name in enumerate(names):
             row = summary["rows"].get(name, {})
             if "copy_paste" not in row:
@@ -429,19 +423,18 @@ def plot(summaries: Sequence[Mapping[str, Any]], names: Sequence[str], path: Pat
             bars = axis.errorbar(
                 x["mean"], y["mean"], xerr=[[x["mean"] - x["low"]], [x["high"] - x["mean"]]],
                 yerr=[[y["mean"] - y["low"]], [y["high"] - y["mean"]]], fmt="o" if row["ranked"] else "x",
-                color=f"C{number}", capsize=2,
+                color=COLORS[number % len(COLORS)], capsize=2,
             )  # fmt: skip
             entries.setdefault(row["title"], bars)
             if len(row["seeds"]) > 1:
-                axis.scatter(x["seeds"], y["seeds"], s=10, color=f"C{number}", alpha=0.6)
-        axis.axhline(0, color="#999", linewidth=0.8)
+                axis.scatter(x["seeds"], y["seeds"], s=10, color=COLORS[number % len(COLORS)], alpha=0.6)
+        axis.axhline(0, color=plots.GREY, linewidth=0.8)
         axis.set(xlabel="Sim(GT), by the judge", title=f"{summary['title']} (cross: not ranked)")
         axis.title.set_fontsize(9)
-    axes[0][0].set_ylabel("copy-paste (lower is better)")
+    axes[0].set_ylabel("copy-paste (lower is better)")
     figure.legend(entries.values(), entries, fontsize=7, ncol=2, loc="outside upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    plots.save_figure(figure, path)
 
 
 def write_table(plan: Plan) -> str:

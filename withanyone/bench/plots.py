@@ -25,7 +25,7 @@ OURS = "WithAnyone"  # the row that the fitted curve leaves out
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def _start(width: float, height: float, columns: int = 1):
+def start_figure(width: float, height: float, columns: int = 1):
     """A figure and its axes, without a display."""
     try:
         from matplotlib import rc_context
@@ -47,7 +47,7 @@ def _start(width: float, height: float, columns: int = 1):
     return figure, axes
 
 
-def _save(figure, out: str | os.PathLike) -> None:
+def save_figure(figure, out: str | os.PathLike) -> None:
     out = Path(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"`out` is {str(out)!r}: give a file that ends in {', '.join(SUFFIXES)}.")
@@ -104,7 +104,7 @@ def plot_tradeoff(results: Sequence[dict], out: str | os.PathLike, *, several: b
     ]
     others = [row for row in table if row.method != OURS]
     a, b, scatter = fit_tradeoff(*zip(*((_xy(row)) for row in others), strict=True))
-    figure, (axis,) = _start(6.4, 4.3)
+    figure, (axis,) = start_figure(6.4, 4.3)
     everything = [*table, *own]
     x = np.array([_xy(row)[0] for row in everything])
     line = np.linspace(x.min() - 0.02, x.max() + 0.012, 200)
@@ -146,7 +146,7 @@ def plot_tradeoff(results: Sequence[dict], out: str | os.PathLike, *, several: b
     )  # fmt: skip
     axis.legend(loc="upper left", fontsize=7.5, frameon=False, labelcolor=GREY)
     _place_labels(figure, axis, labels, avoid=avoid)
-    _save(figure, out)
+    save_figure(figure, out)
     return said
 
 
@@ -234,7 +234,7 @@ def _check_one_world(results: Sequence[dict]) -> None:
 def plot_cases(results: Sequence[dict], out: str | os.PathLike) -> None:
     """A dot a face: Sim(GT) against copy-paste, and each method's mean with its interval."""
     _check_one_world(results)
-    figure, (axis,) = _start(6.4, 4.3)
+    figure, (axis,) = start_figure(6.4, 4.3)
     for result, color in zip(results, _colors(results), strict=True):
         alike, copied = _values(result, "sim_gt_found"), _values(result, "copy_paste")
         keys = sorted(alike.keys() & copied.keys())
@@ -256,14 +256,14 @@ def plot_cases(results: Sequence[dict], out: str | os.PathLike) -> None:
     axis.set_ylabel("copy-paste: −1 the target, +1 the photo")
     _title(axis, results, "a dot a face")
     axis.legend(fontsize=8, frameon=False)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_real(results: Sequence[dict], out: str | os.PathLike) -> None:
     """The introduction's figure: how alike two real pictures of one person are, and each method's picture
     and the photo. Who lies right of the real ones copies."""
     _check_one_world(results)
-    figure, (axis,) = _start(6.4, 3.8)
+    figure, (axis,) = start_figure(6.4, 3.8)
     real = np.array(list(_values(results[0], "ceiling").values()))
     drawn = [np.array(list(_values(result, "sim_ref").values())) for result in results]
     lowest = min([-0.1, *(np.quantile(values, 0.005) for values in (real, *drawn) if len(values))])
@@ -290,7 +290,7 @@ def plot_real(results: Sequence[dict], out: str | os.PathLike) -> None:
     axis.set_xlabel("cosine of the two faces (dashed: median)")
     _title(axis, results, "how alike to the photo")
     axis.legend(fontsize=8, frameon=False, loc="upper left")
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -313,7 +313,7 @@ def plot_attributes(results: Sequence[dict], out: str | os.PathLike, *, subset: 
         name for result in known for name, value in result["attributes"][subset].items() if "copied" in value
     }
     names = [name for name in order if name in measured] + sorted(measured - set(order))
-    figure, (axis,) = _start(7.2, 3.8)
+    figure, (axis,) = start_figure(7.2, 3.8)
     width = 0.8 / len(known)
     for number, (result, color) in enumerate(zip(known, _colors(known), strict=True)):
         for place, name in enumerate(names):
@@ -337,13 +337,13 @@ def plot_attributes(results: Sequence[dict], out: str | os.PathLike, *, subset: 
     axis.set_ylabel("share copied from the photo")
     _title(axis, known, f"what was taken from the photo, {SUBSET_WORDS[subset]}")
     figure.legend(loc="outside lower center", ncols=len(known) + 1, fontsize=8, frameon=False)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_sweep(sweep: dict, out: str | os.PathLike) -> None:
     """Left: where every position of the sliders stands in similarity and copy-paste, and the front. Right:
     what the prompt gets at each position, or how alike the picture is where no judge reads prompts."""
-    figure, (left, right) = _start(9.2, 4.0, 2)
+    figure, (left, right) = start_figure(9.2, 4.0, 2)
     positions = sweep["positions"]
     similarities = sorted({p["similarity"] for p in positions})
     diversities = sorted({p["diversity"] for p in positions})
@@ -393,7 +393,7 @@ def plot_sweep(sweep: dict, out: str | os.PathLike) -> None:
     right.set(xlabel="similarity", ylabel="diversity")
     right.set_title(f"{METRICS[shown].label}; framed: on the front", fontsize=10, color=INK, loc="left")
     figure.colorbar(image, ax=right, shrink=0.85).outline.set_visible(False)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def _frame(at: tuple[float, float]):
