@@ -12,11 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tests.test_train_release import _results
 from train import reproduce
 from train.config import PHASES, TrainConfig, read_yaml
-from train.reproduce import PLAN, pooled, read_plan, row_figures, table, verdict, write_config, write_table
+from train.reproduce import (
+    PLAN,
+    picture_sheet,
+    pooled,
+    read_plan,
+    row_figures,
+    table,
+    verdict,
+    write_config,
+    write_table,
+)
 from withanyone.mini import PRETRAINED
 
 
@@ -122,6 +133,7 @@ def test_the_command_does_everything_once_and_in_pieces(tmp_path, monkeypatch, c
 
     commands = _Commands(0.6)
     monkeypatch.setattr(reproduce, "command", commands)
+    monkeypatch.setattr(reproduce, "picture_sheet", lambda plan, sampling: None)  # there are no pictures
     pretrained = tmp_path / "pipeline"
     (pretrained / "vae").mkdir(parents=True)
     (pretrained / "model_index.json").write_text("{}")
@@ -229,6 +241,33 @@ def test_figures_are_those_of_the_bench(tmp_path):
     assert (copied["low"], copied["high"]) == (0.1, 0.5)
 
 
+def test_the_sheet_shows_the_same_cases_by_every_row(tmp_path):
+    plan = read_plan(_plan(tmp_path))
+    sampling = plan.sampling("one_candidate")
+    assert picture_sheet(plan, sampling) is None  # nothing is scored
+    colours = {"ref_1": "red", "ori": "lime", "control": "blue", "full": "yellow"}
+    for case, people in (("0000", 1), ("0001", 2), ("0002", 1), ("0003", 1)):
+        folder = Path(plan.test["cases"]) / case
+        folder.mkdir(parents=True)
+        for name in ("ori", *(f"ref_{i + 1}" for i in range(people))):
+            Image.new("RGB", (32, 32), colours.get(name, "black")).save(folder / f"{name}.jpg", quality=95)
+        boxes = [[2, 2, 20, 20]] * people
+        (folder / "meta.json").write_text(json.dumps({"prompt": "a person", "bboxes": boxes}))
+        for row in ("control", "full"):
+            if (row, case) == ("full", "0000"):
+                continue
+            path = plan.results(plan.row(row), 0, sampling)
+            (path.parent / "pictures").mkdir(parents=True, exist_ok=True)
+            path.touch()
+            Image.new("RGB", (32, 32), colours[row]).save(path.parent / "pictures" / f"{case}.png")
+    sheet = np.asarray(picture_sheet(plan, sampling, count=2, side=34))
+    assert sheet.shape == (16 + 2 * 34, 4 * 34, 3)
+    middles = sheet[33::34, 16::34].astype(int)  # of the cells
+    near = np.where(middles > 128, 1, 0).tolist()
+    red, lime, blue, white, yellow = [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [1, 1, 0]
+    assert near == [[red, lime, blue, white], [red, lime, blue, yellow]]  # a missing picture leaves its place
+
+
 @pytest.mark.slow
 def test_two_rows_of_two_steps_from_the_miniature_itself(tmp_path):
     """All commands for real, at toy size: two steps of training, three cases."""
@@ -263,3 +302,4 @@ def test_two_rows_of_two_steps_from_the_miniature_itself(tmp_path):
     summary = json.loads((tmp_path / "figures" / "claim.json").read_text())["samplings"]["few"]
     assert set(summary["rows"]) == {"control", "full"} and summary["missing"] == []
     assert all(row["cases"] == 3 and "ceiling" in row for row in summary["rows"].values())
+    assert (tmp_path / "figures" / "claim-pictures.jpg").exists()

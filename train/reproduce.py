@@ -26,8 +26,10 @@ from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from withanyone.bench import plots
+from withanyone.bench.cases import picture_paths, read_cases
 from withanyone.bench.figures import metric_values
 from withanyone.bench.results import read_results
 from withanyone.bench.scoring import Settings
@@ -437,8 +439,36 @@ def plot(summaries: Sequence[Mapping[str, Any]], names: Sequence[str], path: Pat
     plots.save_figure(figure, path)
 
 
+def picture_sheet(plan: Plan, sampling: Sampling, count: int = 6, side: int = 128) -> Image.Image | None:
+    """What the rows' models made of the same cases: photo, target, then a column a row, by its first seed.
+
+    `count` cases of one person, evenly over all that there are; None where no row is scored.
+    """
+    rows = [row for row in plan.rows if plan.results(row, row.seeds[0], sampling).exists()]
+    if not rows:
+        return None
+    cases = [case for case in read_cases(plan.test["cases"]) if case.num_persons == 1 and case.target]
+    count = min(count, len(cases))
+    head, font = 16, ImageFont.load_default(11)
+    titles = ["photo", "target", *(row.name.replace("_", " ") for row in rows)]
+    sheet = Image.new("RGB", (side * len(titles), head + side * count), "white")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((side * column + 4, 1), title, fill=plots.INK, font=font)
+    for line in range(count):
+        case = cases[line * len(cases) // count]
+        shown = [case.references[0].image, case.target.image]
+        for row in rows:
+            folder = plan.results(row, row.seeds[0], sampling).parent / "pictures"
+            shown += [Image.open(path) for path in picture_paths(folder, case.name)[:1]] or [None]
+        for column, image in enumerate(shown):
+            if image is not None:
+                small = ImageOps.contain(image.convert("RGB"), (side - 2, side - 2))
+                sheet.paste(small, (side * column, head + side * line))
+    return sheet
+
+
 def write_table(plan: Plan) -> str:
-    """Tables, figure and JSON of what is scored so far.
+    """Tables, figure, pictures side by side and JSON of what is scored so far.
 
     Raises:
         ValueError: nothing is.
@@ -452,6 +482,8 @@ def write_table(plan: Plan) -> str:
     plan.figures.with_suffix(".md").write_text(text)
     shown = [summary for summary in summaries.values() if summary["rows"]]
     plot(shown, [row.name for row in plan.rows], plan.figures.with_suffix(".png"))
+    if (sheet := picture_sheet(plan, plan.samplings[0])) is not None:
+        sheet.save(plan.figures.with_name(plan.figures.name + "-pictures.jpg"), quality=90)
     return text
 
 
