@@ -12,6 +12,10 @@ from the candidate n where that person is likest, all others from the candidate 
 
 So all candidates go on from one clean estimate x*_1, each with the noise that it had. After the last step the
 best on the whole is the picture.
+
+Likeness to the others of the picture is not subtracted from s: half of it did lower swaps (0.092 to 0.055 of
+109 validation people, by the recogniser that chooses, within the intervals), and with them likeness to the
+target (0.360 to 0.353) and how often the right one of 200 is nearest (0.37 to 0.32).
 """
 
 from __future__ import annotations
