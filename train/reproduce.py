@@ -29,7 +29,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from withanyone.bench import plots
-from withanyone.bench.cases import picture_paths, read_cases
+from withanyone.bench.cases import Picture, picture_paths, read_cases
 from withanyone.bench.figures import metric_values
 from withanyone.bench.results import read_results
 from withanyone.bench.scoring import Settings
@@ -99,6 +99,9 @@ class Plan:
 
     def folder(self, row: Row, seed: int) -> Path:
         return self.out / row.name / f"seed_{seed}"
+
+    def pictures(self, row: Row, seed: int, sampling: Sampling) -> Path:
+        return self.folder(row, seed) / sampling.name / "pictures"
 
     def results(self, row: Row, seed: int, sampling: Sampling) -> Path:
         return self.folder(row, seed) / sampling.name / "results.json"
@@ -245,7 +248,7 @@ def generate(plan: Plan, row: Row, seed: int, sampling: Sampling) -> None:
         raise ValueError(f"{folder} is not trained yet: the stage `train` comes first.")
     command(
         sys.executable, "-m", "withanyone.bench", "generate", "--cases", plan.test["cases"],
-        "--model", folder / "model", "--out", folder / sampling.name / "pictures", *sampling.words,
+        "--model", folder / "model", "--out", plan.pictures(row, seed, sampling), *sampling.words,
         threads=plan.threads,
     )  # fmt: skip
 
@@ -255,7 +258,7 @@ def score(plan: Plan, row: Row, seed: int, sampling: Sampling) -> None:
     results = plan.results(row, seed, sampling)
     command(
         sys.executable, "-m", "withanyone.bench", "score", "--cases", plan.test["cases"],
-        "--pictures", results.parent / "pictures", "--out", results, "--method", row.title,
+        "--pictures", plan.pictures(row, seed, sampling), "--out", results, "--method", row.title,
         "--judges", *plan.test["judges"], "--cache", results.parent / "seen",
         threads=plan.threads,
     )  # fmt: skip
@@ -456,13 +459,15 @@ def picture_sheet(plan: Plan, sampling: Sampling, count: int = 6, side: int = 12
         ImageDraw.Draw(sheet).text((side * column + 4, 1), title, fill=plots.INK, font=font)
     for line in range(count):
         case = cases[line * len(cases) // count]
-        shown = [case.references[0].image, case.target.image]
-        for row in rows:
-            folder = plan.results(row, row.seeds[0], sampling).parent / "pictures"
-            shown += [Image.open(path) for path in picture_paths(folder, case.name)[:1]] or [None]
-        for column, image in enumerate(shown):
-            if image is not None:
-                small = ImageOps.contain(image.convert("RGB"), (side - 2, side - 2))
+        made = [picture_paths(plan.pictures(row, row.seeds[0], sampling), case.name) for row in rows]
+        shown = [
+            case.references[0],
+            case.target,
+            *(Picture(str(p[0]), str(p[0])) if p else None for p in made),
+        ]
+        for column, picture in enumerate(shown):
+            if picture is not None:
+                small = ImageOps.contain(picture.image, (side - 2, side - 2))
                 sheet.paste(small, (side * column, head + side * line))
     return sheet
 
