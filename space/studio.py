@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from withanyone import WithAnyonePipeline, flow, slider_scales
+from withanyone.candidates import num_run
 from withanyone.faces import Face, load_image
 from withanyone.mini import PRETRAINED, gallery
 from withanyone.pipeline import RELEASED_SAMPLING, combine_photos
@@ -58,8 +59,9 @@ class Order:
 
     @property
     def work(self) -> int:
-        """Steps of all candidates together; without people there is one."""
-        return self.steps * (self.candidates if self.people else 1)
+        """Steps of all candidates together, but for the schedule's shift; without people there is one."""
+        count = self.candidates if self.people else 1
+        return sum(num_run(1 - step / self.steps, count) for step in range(self.steps))
 
 
 # What happens to a job, in order of time. `index`: which of the job's orders.

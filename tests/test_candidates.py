@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 from tests import tiny
 from withanyone import flow
@@ -17,6 +18,7 @@ from withanyone.candidates import (
     MAX_SIGMA,
     CandidateSearch,
     compose,
+    num_run,
     steps_to_look_at,
     token_owners,
 )
@@ -111,6 +113,54 @@ def test_candidates_share_the_estimate_and_keep_their_noise(stochastic):
             torch.testing.assert_close(after, flow.noisy_latents(clean[[1, 1]], noise, left))
         x = after
     assert before is not None
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_candidates_that_wait_share_the_estimate_of_the_first_and_keep_their_noise(stochastic):
+    """One is run until there is something to see, then two, at last all."""
+    scheduler = SeededFlowMatchScheduler(stochastic_sampling=stochastic)
+    pipe = pipe_with(Analyzer([]), scheduler=scheduler)
+    sizes, states, inner = [], [], pipe.transformer.forward
+
+    def forward(hidden_states, **kwargs):
+        sizes.append(len(hidden_states))
+        assert len(kwargs["timestep"]) == len(kwargs["pooled_projections"]) == len(hidden_states)
+        return inner(hidden_states=hidden_states, **kwargs)
+
+    pipe.transformer.forward = forward
+    sigmas = [1.0, 0.95, 0.9, 0.84, 0.3]
+    given = {"num_candidates": 3, "num_images_per_prompt": 2, "sigmas": sigmas, "true_cfg_scale": 2.0}
+
+    def watch(pipe, step, timestep, tensors):
+        states.append(tensors["latents"].unflatten(0, (2, 3)))
+        return {}
+
+    few = run(pipe, **given, callback_on_step_end=watch)
+    assert sizes == [2] * 6 + [4] * 2 + [6] * 2  # guidance doubles the passes
+    # Candidates differ by their noise alone, times the share of it that is left.
+    apart = [(x[:, 1:] - x[:, :1]) / left for x, left in zip(states[:3], sigmas[1:4], strict=True)]
+    assert [each.std().item() for each in apart] == pytest.approx([2**0.5] * 3, rel=0.1)
+    if not stochastic:  # the noise that they began with
+        torch.testing.assert_close(apart[1], apart[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(apart[2], apart[0], rtol=1e-3, atol=1e-3)
+
+    # A transformer that knows one batch size runs all rows; they share the estimate all the same.
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    sizes.clear()
+    every = run(pipe, **given)
+    assert sizes == [6] * 10
+    if stochastic:
+        torch.testing.assert_close(every, few, rtol=1e-3, atol=1e-3)
+    assert len(run(pipe_with(Analyzer([])), num_candidates=3, sigmas=[1.0])) == 1
+
+
+def test_how_many_are_run():
+    assert [num_run(sigma, 4) for sigma in (1.0, 0.86, 0.85, 0.36, 0.35, 0.1)] == [1, 1, 2, 2, 4, 4]
+    assert [num_run(0.7, n) for n in (1, 2, 3, 8)] == [1, 2, 2, 2]
+    pipe = pipe_with(Analyzer([]), scheduler=SeededFlowMatchScheduler())
+    search = CandidateSearch(pipe, np.eye(2, 512), BOXES, 64, 64, 4)
+    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.9])
+    assert [search.num_run(step) for step in (0, 1)] == [1, 4]  # the best of all is the picture
 
 
 def test_the_picture_is_the_best_of_its_candidates():

@@ -318,8 +318,9 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
                 None: a default layout for 1 to 8 people.
             id_scale: strength of the branch that sees the identity alone; `slider_scales` makes both.
             siglip_scale: strength of the branch that sees the photo too. Both 0: a picture by FLUX.1 alone.
-            num_candidates: how many candidates of each picture are drawn at once, that many times as much
-                work; the likest faces go on (see `candidates`). Without faces there is nothing to choose by.
+            num_candidates: how many candidates of each picture are drawn at once, up to that many times as
+                much work; the likest faces go on (see `candidates`). Without faces there is nothing to choose
+                by.
             height, width: pixels, multiples of 16 (twice the VAE's factor).
             true_cfg_scale: above 1, each step has a second pass with `negative_prompt` (None: an empty one),
                 and goes from that pass's result towards and past the first's, this many times as far.
@@ -414,9 +415,11 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         if max_sequence_length is None:
             max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
         callback, inputs = callback_on_step_end, list(callback_on_step_end_tensor_inputs or ())
+        few = contextlib.nullcontext()
         if search is not None:
             callback, inputs = search.callback(callback, inputs), ["latents", *inputs]
-        with second_pass:
+            few = search.run_few()
+        with second_pass, few:
             (images,) = super().__call__(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
