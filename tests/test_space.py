@@ -274,6 +274,14 @@ def test_a_closed_connection_ends_the_job(pipe, visits) -> None:
     assert isinstance(last, Made) and not permit
 
 
+def test_the_work_of_a_picture_counts_the_candidates_that_are_run() -> None:
+    somebody = (object(),)
+    assert order(steps=20, candidates=8).work == 20  # nobody to choose by
+    assert order((somebody,), steps=20).work == 20
+    assert order((somebody,), steps=20, candidates=2).work == 37  # one until 0.85
+    assert 20 * 2 < order((somebody,), steps=20, candidates=8).work < 20 * 8
+
+
 def test_who_waits_is_told_the_place(pipe, visits) -> None:
     made_by = Studio(pipe)
     first = made_by.line.join()

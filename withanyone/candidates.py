@@ -39,9 +39,9 @@ from .bench.metrics import match_boxes, similarity_matrix
 # On the miniature's validation people (84, four candidates, its own recogniser) likeness was 0.39 with these,
 # 0.38 from 0.97 down to 0.3.
 MAX_SIGMA, MIN_SIGMA = 0.85, 0.1
-# Until here no more than two candidates are run. Looks at little noise are worth the most for what they cost: on
-# 132 validation people, by the recogniser that chooses, likeness, the right one of 200 nearest, and rows that the
-# transformer runs for a picture were
+# Until here no more than two candidates are run. Looks at little noise are worth the most for what they cost:
+# likeness of 132 validation people by the recogniser that chooses, the right one of 200 nearest, and rows run
+# of the transformer for a picture were
 #     four all along                     0.373 [0.349, 0.399]   0.35   112
 #     one, four from 0.87 on             0.372 [0.349, 0.396]   0.38    90
 #     one, two from 0.87, four from 0.6  0.367 [0.342, 0.391]   0.36    73
