@@ -117,7 +117,7 @@ def test_candidates_share_the_estimate_and_keep_their_noise(stochastic):
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_candidates_that_wait_share_the_estimate_of_the_first_and_keep_their_noise(stochastic):
-    """One is run until there is something to see, then two, at last all."""
+    """One is run until there is something to see, then all."""
     scheduler = SeededFlowMatchScheduler(stochastic_sampling=stochastic)
     pipe = pipe_with(Analyzer([]), scheduler=scheduler)
     sizes, states, inner = [], [], pipe.transformer.forward
@@ -136,7 +136,7 @@ def test_candidates_that_wait_share_the_estimate_of_the_first_and_keep_their_noi
         return {}
 
     few = run(pipe, **given, callback_on_step_end=watch)
-    assert sizes == [2] * 6 + [4] * 2 + [6] * 2  # guidance doubles the passes
+    assert sizes == [2] * 6 + [6] * 4  # guidance doubles the passes
     # Candidates differ by their noise alone, times the share of it that is left.
     apart = [(x[:, 1:] - x[:, :1]) / left for x, left in zip(states[:3], sigmas[1:4], strict=True)]
     assert [each.std().item() for each in apart] == pytest.approx([2**0.5] * 3, rel=0.1)
@@ -155,8 +155,7 @@ def test_candidates_that_wait_share_the_estimate_of_the_first_and_keep_their_noi
 
 
 def test_how_many_are_run():
-    assert [num_run(sigma, 4) for sigma in (1.0, 0.86, 0.85, 0.36, 0.35, 0.1)] == [1, 1, 2, 2, 4, 4]
-    assert [num_run(0.7, n) for n in (1, 2, 3, 8)] == [1, 2, 2, 2]
+    assert [num_run(sigma, 4) for sigma in (1.0, 0.86, 0.85, 0.1)] == [1, 1, 4, 4]
     pipe = pipe_with(Analyzer([]), scheduler=SeededFlowMatchScheduler())
     search = CandidateSearch(pipe, np.eye(2, 512), BOXES, 64, 64, 4)
     pipe.scheduler.set_timesteps(sigmas=[1.0, 0.9])

@@ -55,7 +55,7 @@ def test_the_plan_has_the_rows_of_the_claim():
     assert {r.name for r in plan.rows if r.headline} == {"control", "full"}
     samplings = {sampling.name: sampling.words for sampling in plan.samplings}
     assert samplings == {
-        "one_candidate": ("--candidates", "1"), "eight_candidates": ("--candidates", "8"),
+        "one_candidate": ("--candidates", "1"), "four_candidates": ("--candidates", "4"),
     }  # fmt: skip
     assert "--count 400" in plan.test["make"] and "--split validation" in plan.validation["make"]
     shared = read_yaml(PHASES / plan.config)
@@ -149,10 +149,10 @@ def test_the_command_does_everything_once_and_in_pieces(tmp_path, monkeypatch, c
     main(["reproduce", "--plan", path, "--samplings", "one_candidate"])
     said = capsys.readouterr().out
     assert commands.calls.count("withanyone.bench score") == 12 and set(commands.candidates) == {"1"}
-    assert "## Test pictures with eight candidates\n\nNo run is scored yet." in said
+    assert "## Test pictures with four candidates\n\nNo run is scored yet." in said
     main(["reproduce", "--plan", path])
     said = capsys.readouterr().out
-    assert commands.calls.count("withanyone.bench score") == 24 and commands.candidates.count("8") == 12
+    assert commands.calls.count("withanyone.bench score") == 24 and commands.candidates.count("4") == 12
     assert commands.calls.count("train") == 13
     assert commands.calls.count("withanyone.mini cases") == 2
     before = len(commands.calls)
@@ -165,7 +165,7 @@ def test_the_command_does_everything_once_and_in_pieces(tmp_path, monkeypatch, c
     for summary in summaries.values():
         assert summary["missing"] == []
         assert summary["rows"]["full"]["steps_chosen"] == {"0": 110, "1": 110, "2": 110}
-    assert summaries["eight_candidates"]["generate"] == ["--candidates", "8"]
+    assert summaries["four_candidates"]["generate"] == ["--candidates", "4"]
 
 
 def test_a_row_scored_on_other_cases_is_refused(tmp_path):

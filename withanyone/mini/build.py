@@ -39,7 +39,7 @@ SAMPLING_DEFAULTS = {
     "faces_in_negative": False,
     "id_scale": 0.5,
     "siglip_scale": 0.5,
-    "num_candidates": 8,
+    "num_candidates": 4,
 }
 COMPONENTS = {
     "scheduler": SeededFlowMatchScheduler,
