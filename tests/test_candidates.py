@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import apply_first_block_cache
 
 from tests import tiny
 from withanyone import flow
@@ -145,7 +146,7 @@ def test_candidates_that_wait_share_the_estimate_of_the_first_and_keep_their_noi
         torch.testing.assert_close(apart[2], apart[0], rtol=1e-3, atol=1e-3)
 
     # A transformer that knows one batch size runs all rows; they share the estimate all the same.
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.0))
     sizes.clear()
     every = run(pipe, **given)
     assert sizes == [6] * 10

@@ -166,7 +166,7 @@ class CandidateSearch:
         A transformer compiled as a whole, or with a step cache, which both know one batch size, runs all.
         """
         transformer = self.pipe.transformer
-        if hasattr(transformer, "_orig_mod") or transformer.is_cache_enabled:
+        if hasattr(transformer, "_orig_mod") or _has_cache(transformer):
             yield
             return
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
@@ -197,6 +197,13 @@ class CandidateSearch:
         chosen = scores.argmax(axis=1) + np.arange(len(scores)) * self.num_candidates
         chosen = torch.as_tensor(chosen, device=latents.device)
         return latents[chosen], pictures[chosen.to(pictures.device)]
+
+
+def _has_cache(transformer: torch.nn.Module) -> bool:
+    """Whether a hook of diffusers' keeps something of one step for the next, by `enable_cache` or not."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
+    hooks = (item for registry in registries if registry is not None for item in registry.hooks.items())
+    return any(hook._is_stateful for name, hook in hooks if not name.startswith("withanyone"))
 
 
 class _RunFew(ModelHook):
