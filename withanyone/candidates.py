@@ -23,14 +23,13 @@ target (0.360 to 0.353) and how often the right one of 200 is nearest (0.37 to 0
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 
 from . import flow
 from .bench.metrics import match_boxes, similarity_matrix
@@ -38,12 +37,14 @@ from .bench.metrics import match_boxes, similarity_matrix
 # Shares of noise where candidates are looked at: above, no face shows yet; below, nothing changes any more.
 # On the miniature's validation people (84, four candidates, its own recogniser) likeness was 0.39 with these,
 # 0.38 from 0.97 down to 0.3.
+#
+# Above, one candidate is run, from there on all. All from the start cost the miniature 112 rows of the
+# transformer for a picture instead of 90, for likeness 0.366 instead of 0.367 and the right one of 200
+# nearest in 0.35 instead of 0.36 (342 validation people, by the recogniser that chooses). Fewer later is
+# dearer: two down to 0.35, then eight (81 rows), were as good on 132 of those people, 0.374, but not on 420
+# test people, by the judge: 0.373 [0.357, 0.391] instead of 0.406 [0.390, 0.422]. One from 0.5 on: 0.304,
+# of the 132.
 MAX_SIGMA, MIN_SIGMA = 0.85, 0.1
-# One is run until there, from there on all. All from the start cost the miniature 112 rows of the transformer
-# for a picture instead of 90, for likeness 0.366 instead of 0.367 and the right one of 200 nearest in 0.35
-# instead of 0.36 (342 validation people, by the recogniser that chooses). Fewer later is dearer: two down to
-# 0.35, then eight (81 rows), were as good on 132 of those people, 0.374, but not on 420 test people, by the
-# judge: 0.373 [0.357, 0.391] instead of 0.406 [0.390, 0.422]. One from 0.5 on: 0.304, of the 132.
 # A look decodes every candidate. Of the steps between at most so many are looked at, evenly spread: all that
 # the miniature's 14 steps have, not all of 28 or 50.
 MAX_LOOKS = 10
@@ -159,22 +160,13 @@ class CandidateSearch:
         left = float(scheduler.sigmas[step + 1])
         return (latents.float() + (1 - left) * (goes_on - clean)).to(latents.dtype)
 
-    @contextlib.contextmanager
-    def run_few(self) -> Iterator[None]:
-        """While it lasts, the transformer runs no more candidates of each picture than `num_run` says.
+    def hook(self) -> ModelHook | None:
+        """For the transformer: runs no more candidates of each picture than `num_run` says.
 
-        A transformer compiled as a whole, or with a step cache, which both know one batch size, runs all.
+        None where it is compiled as a whole or has a step cache: both know one batch size, so all are run.
         """
         transformer = self.pipe.transformer
-        if hasattr(transformer, "_orig_mod") or _has_cache(transformer):
-            yield
-            return
-        registry = HookRegistry.check_if_exists_or_initialize(transformer)
-        registry.register_hook(_RunFew(self), "withanyone_run_few")
-        try:
-            yield
-        finally:
-            registry.remove_hook("withanyone_run_few", recurse=False)
+        return None if hasattr(transformer, "_orig_mod") or _has_cache(transformer) else _RunFew(self)
 
     def callback(self, users: Any, users_inputs: Sequence[str]) -> Any:
         """`callback_on_step_end` of FluxPipeline: the search, then the user's own with what it asked for."""

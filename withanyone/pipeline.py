@@ -415,11 +415,11 @@ class WithAnyonePipeline(LoadingMixin, FluxPipeline):
         if max_sequence_length is None:
             max_sequence_length = min(512, getattr(self.tokenizer_2, "model_max_length", 512))
         callback, inputs = callback_on_step_end, list(callback_on_step_end_tensor_inputs or ())
-        few = contextlib.nullcontext()
+        few = None
         if search is not None:
             callback, inputs = search.callback(callback, inputs), ["latents", *inputs]
-            few = search.run_few()
-        with second_pass, few:
+            few = search.hook()
+        with second_pass, _hooked(self.transformer, "withanyone_candidates", few):
             (images,) = super().__call__(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
@@ -631,12 +631,22 @@ def _second_pass(transformer: torch.nn.Module, drop_faces: bool, min_sigma: floa
             f"`{name}` is {value}, which a `transformer` compiled as a whole cannot follow; use "
             "`pipe.transformer.compile_repeated_blocks(fullgraph=True)` in place of `torch.compile`."
         )
+    with _hooked(transformer, "withanyone_second_pass", _SecondPass(drop_faces, min_sigma)):
+        yield
+
+
+@contextlib.contextmanager
+def _hooked(transformer: torch.nn.Module, name: str, hook: ModelHook | None) -> Iterator[None]:
+    """While it lasts, `transformer` has the hook; None: nothing happens."""
+    if hook is None:
+        yield
+        return
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(_SecondPass(drop_faces, min_sigma), "withanyone_second_pass")
+    registry.register_hook(hook, name)
     try:
         yield
     finally:
-        registry.remove_hook("withanyone_second_pass", recurse=False)
+        registry.remove_hook(name, recurse=False)
 
 
 def _check_rest(prompt: Any, num_images_per_prompt: Any, output_type: Any, sigmas: Any) -> None:
