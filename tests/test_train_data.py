@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import fsspec
@@ -245,3 +246,30 @@ def test_random_scales_reach_every_position_of_the_sliders():
     assert np.mean(diversity == 0) == pytest.approx(0.25, abs=0.03)
     assert np.mean(diversity == 1) == pytest.approx(0.25, abs=0.03)
     assert np.histogram(diversity, 10, (0, 1))[0].min() > 100
+
+
+@pytest.mark.parametrize("corner", [0.0, 1.0])
+def test_scales_that_lean_to_a_corner_reach_the_other_ever_more_rarely(corner):
+    rng = np.random.default_rng(0)
+    scales = np.array([draw_scales(rng, "both", (1, 1), 0.5, corner) for _ in range(4000)])
+    away = np.abs(scales[:, 0] - corner)  # similarity is 1: the first scale is the diversity
+    assert np.mean(away == 0) == pytest.approx(0.5, abs=0.03)
+    between = away[away > 0]
+    assert between.mean() == pytest.approx(1 / 3, abs=0.02)  # of the density 2 (1 - away)
+    assert between.max() > 0.9
+
+
+def test_by_subset_reconstruction_leans_to_form_and_pairs_to_spirit(data):
+    config, dataset = data
+    means = {}
+    for by_subset in (False, True):
+        config = replace(config, diversity_by_subset=by_subset)
+        leaning = TrainDataset(dataset.catalogues, dataset.bank, config, crop_size=64)
+        diversity = {"rec": [], "cp": []}
+        for item in islice((item for batch in make_plan(leaning, config).batches() for item in batch), 120):
+            example = leaning[item]
+            total = example.id_scale + example.siglip_scale
+            diversity[item.subset].append(example.id_scale / total)
+        means[by_subset] = {subset: np.mean(values) for subset, values in diversity.items()}
+    assert means[True]["rec"] < 0.3 < 0.7 < means[True]["cp"]
+    assert all(0.3 < mean < 0.7 for mean in means[False].values())

@@ -122,6 +122,9 @@ class TrainConfig:
     diversity_corner_share: float = setting(
         0.5, "branches `both`: share of samples at diversity 0 or 1, the rest between"
     )
+    diversity_by_subset: bool = setting(
+        False, "reconstructed samples lean to diversity 0, paired ones to 1: copying follows the slider"
+    )
 
     id_loss_weight: float = setting(0.1, "lambda_ID", "Losses (method section 4)")
     id_loss_max_sigma: float = setting(

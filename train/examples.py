@@ -53,16 +53,25 @@ def crop_window(
 
 
 def draw_scales(
-    rng: np.random.Generator, branches: str, similarity_range: Sequence[float], corner_share: float
+    rng: np.random.Generator,
+    branches: str,
+    similarity_range: Sequence[float],
+    corner_share: float,
+    leans_to: float | None = None,
 ) -> tuple[float, float]:
     """(id_scale, siglip_scale) of a training sample: a random place of the two sliders.
 
     Every position that a user can set is seen: diversity 0 and 1 (one branch alone) by `corner_share`, the
     rest uniform between them; a single branch is trained at its own corner.
+
+    leans_to: 0 or 1: the corner is this one, and between them the density falls linearly to 0 at the other.
     """
     similarity = float(rng.uniform(*similarity_range))
     corner, side, between = rng.random(3)
-    diversity = float(side < 0.5) if corner < corner_share else float(between)
+    if leans_to is None:
+        diversity = float(side < 0.5) if corner < corner_share else float(between)
+    else:  # the larger (or smaller) of two uniform draws
+        diversity = leans_to if corner < corner_share else float((min, max)[int(leans_to)](side, between))
     if branches != "both":
         diversity = 1.0 if branches == "arc" else 0.0
     return slider_scales(similarity, diversity)
@@ -115,7 +124,10 @@ class ExampleMaker:
         dropped = rng.random() < config.text_dropout
         uniform = float(rng.uniform(1e-4, 1 - 1e-4))
         noise_seed = int(rng.integers(2**62))
-        scales = draw_scales(rng, config.branches, config.similarity_range, config.diversity_corner_share)
+        leans_to = float(subset == "cp") if config.diversity_by_subset else None
+        scales = draw_scales(
+            rng, config.branches, config.similarity_range, config.diversity_corner_share, leans_to
+        )
         pixels, window, keep = self._fit(record, bucket)
         height, width = pixels.shape[:2]
         scale = width / (window[2] - window[0])

@@ -111,7 +111,7 @@ STAGES: tuple[Stage, ...] = (
                            "--rec-scenes", "0", "--cp-scenes", "6000"), 15),
     Stage("records", MINI, ("records",), 2),
     Stage("index", MINI, ("assemble",), 1),
-    Stage("adapter", "train", ("--config", "train/phases/mini_adapter.yaml"), 15),
+    Stage("adapter", "train", ("--config", "train/phases/mini_adapter.yaml"), 60),
     Stage("pipeline", MINI, ("assemble", "--adapter", "runs/mini/adapter/shipped/adapter"), 1),
 )  # fmt: skip
 
