@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests import train_world as tw
+from train import catalogue, references
 from train.catalogue import ensure_catalogue
 from train.config import make_config
 from train.data import BatchPlan, TrainDataset, make_loader, make_plan, open_data
@@ -273,3 +275,26 @@ def test_by_subset_reconstruction_leans_to_form_and_pairs_to_spirit(data):
         means[by_subset] = {subset: np.mean(values) for subset, values in diversity.items()}
     assert means[True]["rec"] < 0.3 < 0.7 < means[True]["cp"]
     assert all(0.3 < mean < 0.7 for mean in means[False].values())
+
+
+def test_runs_that_begin_at_once_build_the_cache_once_and_all_open_it(tmp_path, monkeypatch):
+    root = tw.write_shards(tmp_path / "s", records=6, sizes=((64, 64),))
+    built = []
+
+    def counted(module, name):
+        build = getattr(module, name)
+
+        def call(*args, **kwargs):
+            built.append(name)
+            return build(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(catalogue, "build_catalogue")
+    counted(references, "build_bank")
+    config = make_config(tw.settings(root, tmp_path / "out", paired_ratio=0.5))
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: open_data(config), range(4)))
+    assert Counter(built) == {"build_catalogue": 2, "build_bank": 1}
+    assert len({len(catalogues["cp"]) for catalogues, _ in opened}) == 1
+    assert len({tuple(bank.names) for _, bank in opened}) == 1

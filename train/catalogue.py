@@ -17,12 +17,14 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from withanyone.bench.metrics import box_iou
 
@@ -242,6 +244,14 @@ _ARRAYS = (
 )  # fmt: skip
 
 
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Held while `folder` is built: another run on the same cache waits."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        yield
+
+
 def replace_folder(folder: Path, fresh: Path) -> None:
     """Puts the finished folder `fresh` in the place of `folder`."""
     if folder.exists():
@@ -310,20 +320,32 @@ def ensure_catalogue(
             "train_rec/*.tar, train_cp/*.tar, ref/tars/*.tar."
         )
     folder = Path(cache) / f"catalogue_{subset}"
-    if (folder / "catalogue.json").exists():
+
+    def kept() -> Catalogue | None:
+        if not (folder / "catalogue.json").exists():
+            return None
         info = json.loads((folder / "catalogue.json").read_text())
         same_pack = pack is None or info["pack"] in ("", pack.stamp)
-        if info["version"] == VERSION and info["stamps"] == [file_stamp(s) for s in shards] and same_pack:
-            return open_catalogue(folder)
-        logger.info("%s: shards or the face pack changed, reading them again", folder)
-    catalogue = build_catalogue(
-        shards,
-        paired=subset == "cp",
-        known_names=known_names if subset == "cp" else None,
-        pack=pack,
-        progress=lambda done, total: logger.info("%s: shard %d of %d read", subset, done, total),
-    )
-    save_catalogue(catalogue, folder, pack.stamp if pack else "")
+        same_shards = info["stamps"] == [file_stamp(s) for s in shards]
+        return open_catalogue(folder) if info["version"] == VERSION and same_shards and same_pack else None
+
+    found = kept()
+    if found is not None:
+        return found
+    with building(folder):
+        found = kept()  # by a run that was quicker
+        if found is not None:
+            return found
+        if folder.exists():
+            logger.info("%s: shards or the face pack changed, reading them again", folder)
+        catalogue = build_catalogue(
+            shards,
+            paired=subset == "cp",
+            known_names=known_names if subset == "cp" else None,
+            pack=pack,
+            progress=lambda done, total: logger.info("%s: shard %d of %d read", subset, done, total),
+        )
+        save_catalogue(catalogue, folder, pack.stamp if pack else "")
     report = ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in sorted(catalogue.bad.items()))
     logger.info(
         "%s: %d records, %d faces, %d without landmarks; left out: %s",
