@@ -17,11 +17,10 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -47,6 +46,8 @@ from .shards import (
 )
 
 logger = logging.getLogger(__name__)
+
+Built = TypeVar("Built")
 
 # Reconstruction learns from everything, paired (copy-paste) tuning from identified people alone.
 SUBSETS = {"rec": ("train_rec", "train_cp"), "cp": ("train_cp",)}
@@ -244,12 +245,35 @@ _ARRAYS = (
 )  # fmt: skip
 
 
-@contextmanager
-def building(folder: Path) -> Iterator[None]:
-    """Held while `folder` is built: another run on the same cache waits."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        yield
+def ensure_built(
+    folder: Path,
+    info_name: str,
+    *,
+    version: int,
+    shards: Sequence[str],
+    pack: PackReader | None,
+    open_folder: Callable[[Path], Built],
+    build: Callable[[], None],
+) -> Built:
+    """What `folder` keeps, opened; built first where it is missing or made of other shards or by another face
+    pack, which its JSON `info_name` tells. Of runs that begin at once one builds, the others wait."""
+
+    def is_current() -> bool:
+        if not (folder / info_name).exists():
+            return False
+        info = json.loads((folder / info_name).read_text())
+        same_pack = pack is None or info["pack"] in ("", pack.stamp)
+        same_shards = info["stamps"] == [file_stamp(s) for s in shards]
+        return info["version"] == version and same_shards and same_pack
+
+    if not is_current():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            if not is_current():  # still, behind a run that was quicker
+                if folder.exists():
+                    logger.info("%s: shards or the face pack changed, building it again", folder)
+                build()
+    return open_folder(folder)
 
 
 def replace_folder(folder: Path, fresh: Path) -> None:
@@ -321,23 +345,7 @@ def ensure_catalogue(
         )
     folder = Path(cache) / f"catalogue_{subset}"
 
-    def kept() -> Catalogue | None:
-        if not (folder / "catalogue.json").exists():
-            return None
-        info = json.loads((folder / "catalogue.json").read_text())
-        same_pack = pack is None or info["pack"] in ("", pack.stamp)
-        same_shards = info["stamps"] == [file_stamp(s) for s in shards]
-        return open_catalogue(folder) if info["version"] == VERSION and same_shards and same_pack else None
-
-    found = kept()
-    if found is not None:
-        return found
-    with building(folder):
-        found = kept()  # by a run that was quicker
-        if found is not None:
-            return found
-        if folder.exists():
-            logger.info("%s: shards or the face pack changed, reading them again", folder)
+    def build() -> None:
         catalogue = build_catalogue(
             shards,
             paired=subset == "cp",
@@ -346,10 +354,14 @@ def ensure_catalogue(
             progress=lambda done, total: logger.info("%s: shard %d of %d read", subset, done, total),
         )
         save_catalogue(catalogue, folder, pack.stamp if pack else "")
-    report = ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in sorted(catalogue.bad.items()))
-    logger.info(
-        "%s: %d records, %d faces, %d without landmarks; left out: %s",
-        subset, len(catalogue), len(catalogue.kps), int(np.isnan(catalogue.kps).any((1, 2)).sum()),
-        report or "none",
+        report = ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in sorted(catalogue.bad.items()))
+        logger.info(
+            "%s: %d records, %d faces, %d without landmarks; left out: %s",
+            subset, len(catalogue), len(catalogue.kps), int(np.isnan(catalogue.kps).any((1, 2)).sum()),
+            report or "none",
+        )  # fmt: skip
+
+    return ensure_built(
+        folder, "catalogue.json", version=VERSION, shards=shards, pack=pack,
+        open_folder=open_catalogue, build=build,
     )  # fmt: skip
-    return catalogue

@@ -68,10 +68,9 @@ def draw_scales(
     """
     similarity = float(rng.uniform(*similarity_range))
     corner, side, between = rng.random(3)
-    if leans_to is None:
-        diversity = float(side < 0.5) if corner < corner_share else float(between)
-    else:  # the larger (or smaller) of two uniform draws
-        diversity = leans_to if corner < corner_share else float((min, max)[int(leans_to)](side, between))
+    if leans_to is not None:  # the smaller or larger of two uniform draws; the corner is the one leant to
+        between, side = (max if leans_to else min)(side, between), 1 - leans_to
+    diversity = float(side < 0.5) if corner < corner_share else float(between)
     if branches != "both":
         diversity = 1.0 if branches == "arc" else 0.0
     return slider_scales(similarity, diversity)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .catalogue import building, replace_folder
+from .catalogue import ensure_built, replace_folder
 from .pack import PackReader
 from .shards import (
     BadRecord,
@@ -284,28 +284,17 @@ def ensure_bank(root: str, folder: str | Path, *, pack: PackReader | None = None
     shards = list_shards(f"{root.rstrip('/')}/{REFERENCE_TARS}")
     if not shards:
         raise ValueError(f"`shards` {root!r} holds no .tar under {REFERENCE_TARS}/: no reference photos.")
-    folder = Path(folder)
 
-    def kept() -> ReferenceBank | None:
-        if not (folder / "bank.json").exists():
-            return None
-        info = json.loads((folder / "bank.json").read_text())
-        same_pack = pack is None or info["pack"] in ("", pack.stamp)
-        same_shards = info["stamps"] == [file_stamp(s) for s in shards]
-        return open_bank(folder) if info["version"] == VERSION and same_shards and same_pack else None
-
-    found = kept()
-    if found is not None:
-        return found
-    with building(folder):
-        found = kept()  # by a run that was quicker
-        if found is not None:
-            return found
-        if folder.exists():
-            logger.info("%s: shards or the face pack changed, building the bank again", folder)
+    def build() -> None:
         bank, bad = build_bank(shards, folder, pack=pack)
-    logger.info("%d reference photos of %d people; left out: %s", len(bank), len(bank.names), bad or "none")
-    return bank
+        logger.info(
+            "%d reference photos of %d people; left out: %s", len(bank), len(bank.names), bad or "none"
+        )
+
+    return ensure_built(
+        Path(folder), "bank.json", version=VERSION, shards=shards, pack=pack,
+        open_folder=open_bank, build=build,
+    )  # fmt: skip
 
 
 def cache_features(
