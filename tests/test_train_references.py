@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from tests import train_world as tw
+from train.__main__ import main
+from train.catalogue import lock_of
 from train.references import (
     ReferenceBank,
     build_bank,
@@ -186,3 +189,16 @@ def test_kept_features_are_those_of_the_face_crops(tmp_path):
     assert bank.features.shape == (6, 1, 3) and bank.features.dtype == np.float16
     photo = bank.read_photo(5, ShardReader()).crop((8, 8, 40, 40))
     np.testing.assert_allclose(bank.features[5, 0], np.asarray(photo, np.float32).mean((0, 1)), rtol=2e-3)
+
+
+def test_the_command_writes_the_bank_a_run_opens_after_whoever_builds_it_now(tmp_path, capsys):
+    root = tw.write_shards(tmp_path / "s", people=3, photos=2, records=2)
+    folder = root / ".train_cache" / "bank"
+    with ThreadPoolExecutor(1) as pool:
+        with lock_of(folder):  # another run is building it
+            asked = pool.submit(main, ["references", "--shards", str(root)])
+            time.sleep(0.3)
+            assert not asked.done() and not folder.exists()
+        asked.result(60)
+    assert "6 photos of 3 people" in capsys.readouterr().out
+    assert len(open_bank(folder)) == 6

@@ -245,6 +245,12 @@ _ARRAYS = (
 )  # fmt: skip
 
 
+def lock_of(folder: Path) -> FileLock:
+    """To be held while `folder` is written: others that would write it wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(folder.name + ".lock"))
+
+
 def ensure_built(
     folder: Path,
     info_name: str,
@@ -267,8 +273,7 @@ def ensure_built(
         return info["version"] == version and same_shards and same_pack
 
     if not is_current():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
+        with lock_of(folder):
             if not is_current():  # still, behind a run that was quicker
                 if folder.exists():
                     logger.info("%s: shards or the face pack changed, building it again", folder)
@@ -276,24 +281,26 @@ def ensure_built(
     return open_folder(folder)
 
 
-def replace_folder(folder: Path, fresh: Path) -> None:
-    """Puts the finished folder `fresh` in the place of `folder`."""
+def write_folder(
+    folder: str | Path, arrays: dict[str, np.ndarray], info_name: str, info: dict[str, Any]
+) -> None:
+    """`arrays` as `.npy` (to be opened memory-mapped) and `info` as the JSON `info_name`; written aside, then
+    put in the place of `folder`."""
+    folder = Path(folder)
+    fresh = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(fresh / f"{name}.npy", array, allow_pickle=False)
+    (fresh / info_name).write_text(json.dumps(info, indent=1))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(fresh, folder)
 
 
 def save_catalogue(catalogue: Catalogue, folder: str | Path, pack_stamp: str = "") -> None:
-    """Arrays as `.npy` (opened memory-mapped), the rest as `catalogue.json`; written aside and renamed.
-
-    `pack_stamp` names the face pack that completed the records.
-    """
-    folder = Path(folder)
-    fresh = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for name in _ARRAYS:
-        np.save(fresh / f"{name}.npy", getattr(catalogue, name), allow_pickle=False)
+    """Arrays as `.npy`, the rest as `catalogue.json`. `pack_stamp` names the face pack that completed the
+    records."""
     info = {
         "version": VERSION,
         "paired": catalogue.paired,
@@ -303,8 +310,7 @@ def save_catalogue(catalogue: Catalogue, folder: str | Path, pack_stamp: str = "
         "records": len(catalogue),
         "bad": catalogue.bad,
     }
-    (fresh / "catalogue.json").write_text(json.dumps(info, indent=1))
-    replace_folder(folder, fresh)
+    write_folder(folder, {name: getattr(catalogue, name) for name in _ARRAYS}, "catalogue.json", info)
 
 
 def open_catalogue(folder: str | Path) -> Catalogue:

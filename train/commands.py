@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .catalogue import SUBSETS, build_catalogue
+from .catalogue import SUBSETS, build_catalogue, lock_of
 from .config import TrainConfig, settings_table
 from .data import open_bank_of, open_data
 from .pack import PackReader
@@ -82,7 +82,9 @@ def references(args: argparse.Namespace) -> str:
     if args.features and pack is None:
         raise ValueError("`--features` needs `--pretrained`: the pipeline folder with the image encoder.")
     out = Path(args.out or Path(args.shards) / ".train_cache" / "bank")
-    bank, bad = build_bank(list_shards(f"{args.shards.rstrip('/')}/{REFERENCE_TARS}"), out, pack=pack)
+    shards = list_shards(f"{args.shards.rstrip('/')}/{REFERENCE_TARS}")
+    with lock_of(out):
+        bank, bad = build_bank(shards, out, pack=pack)
     said = f"{out}: {len(bank)} photos of {len(bank.names)} people; left out: {bad or 'none'}"
     if not args.features:
         return said

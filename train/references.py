@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .catalogue import ensure_built, replace_folder
+from .catalogue import ensure_built, write_folder
 from .pack import PackReader
 from .shards import (
     BadRecord,
@@ -240,12 +239,6 @@ def build_bank(
         "start": np.append(start, len(rows)).astype(np.int64),
         "location": np.array([row[1] for row in rows], np.int64),
     }
-    folder = Path(folder)
-    fresh = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(fresh / f"{name}.npy", array, allow_pickle=False)
     info = {
         "version": VERSION,
         "shards": list(shards),
@@ -255,8 +248,7 @@ def build_bank(
         "people": len(names),
         "bad": dict(bad),
     }
-    (fresh / "bank.json").write_text(json.dumps(info, indent=1))
-    replace_folder(folder, fresh)
+    write_folder(folder, arrays, "bank.json", info)
     return open_bank(folder), dict(bad)
 
 
