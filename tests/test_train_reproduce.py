@@ -67,6 +67,19 @@ def test_the_plan_has_the_rows_of_the_claim():
         assert shared[name] == TrainConfig.__dataclass_fields__[name].default
 
 
+def test_the_lighter_plan_differs_in_the_contrastive_weight_and_the_test_cases_alone():
+    plan, light = read_plan(PLAN), read_plan(PLAN.with_name("reproduce_light.yaml"))
+    assert light.rows == plan.rows and light.validation == plan.validation
+    assert light.before["shards"] == plan.before["shards"]
+    for name, theirs in ((light.config, plan.config), ("reproduce_light_2.yaml", "reproduce_2.yaml")):
+        own = read_yaml(name)
+        changed = {key for key, value in read_yaml(theirs).items() if own[key] != value}
+        assert changed == {"contrastive_loss_weight", "output_dir"} and own["contrastive_loss_weight"] == 0.02
+    assert light.start == f"{read_yaml('reproduce_light_2.yaml')['output_dir']}/adapter"
+    assert light.out != plan.out and light.figures != plan.figures
+    assert light.test["make"] == plan.test["make"].replace("--seed 1", "--seed 2")
+
+
 def test_headline_rows_come_first_and_a_part_can_be_asked_for(tmp_path):
     plan = read_plan(_plan(tmp_path))
     runs = [(row.name, seed) for row, seed in plan.runs()]
