@@ -18,7 +18,6 @@ from withanyone.mini.__main__ import main as mini
 
 TOY = {
     "text": ["--steps", "2", "--batch-size", "8"],
-    "linear code": ["--shards", "4"],
     "pictures": ["--shards", "16", "--validation-shards", "4"],
     "recognizer": ["--steps", "2", "--shards", "2", "--rounds", "1"],
     "detector": ["--steps", "2", "--shards", "2", "--rounds", "1"],

@@ -20,6 +20,7 @@ MODULES = {
     "pictures": "pictures",
     "text": "text",
     "latents": "latents",
+    "decoder": "decoder",
     "image-encoder": "vision",
     "base": "base",
     "guidance": "base",

@@ -658,20 +658,51 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     shape = (size, vae.config.latent_channels, bucket.height // 8, bucket.width // 8)
     latents = pack(torch.randn(shape, generator=generator))
-    states, pooled = models.encode(models.token_ids([*captions, *[""] * size]), text.MAX_TEXT_TOKENS)
-    position = position_ids(bucket, text.MAX_TEXT_TOKENS)
+    token_ids = models.token_ids(captions)
+    latents = sample_from(model, models, latents, token_ids, bucket, steps, guidance, (faces, faces))
+    x = decode_tokens(vae, latents, bucket).clamp(-1, 1)
+    return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def sampler_of(bucket: Bucket, steps: int) -> SeededFlowMatchScheduler:
+    """The sampler of `steps` steps, ready for pictures of a size."""
     sampler = scheduler()
     sampler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=scheduler_mu(bucket.num_tokens))
-    for timestep in sampler.timesteps:
+    return sampler
+
+
+@torch.no_grad()
+def sample_from(
+    model: FluxTransformer2DModel,
+    models: TextModels,
+    noisy_latents: Tensor,
+    token_ids: Tensor,
+    bucket: Bucket,
+    steps: int,
+    guidance: float,
+    faces: tuple[FaceConditioning | None, FaceConditioning | None] = (None, None),
+    first: int = 0,
+) -> Tensor:
+    """The clean tokens (B, T, 96) that the sampler makes of `noisy_latents` from its step `first` on.
+
+    token_ids: (B, 64) of the captions; faces: of the pass that is told them and of the one that is not.
+    """
+    size, sampler = len(noisy_latents), sampler_of(bucket, steps)
+    empty = models.token_ids([""] * size)
+    states, pooled = models.encode(torch.cat([token_ids, empty]), text.MAX_TEXT_TOKENS)
+    passes = tuple(zip(states.chunk(2), pooled.chunk(2), faces, strict=True))
+    position = position_ids(bucket, text.MAX_TEXT_TOKENS)
+    sampler.set_begin_index(first)
+    latents = noisy_latents
+    for timestep in sampler.timesteps[first:]:
         sigma = (timestep / sampler.config.num_train_timesteps).expand(size)
         told, untold = (
-            velocity_of(model, latents, sigma, text, position, faces)
-            for text in zip(states.chunk(2), pooled.chunk(2), strict=True)
+            velocity_of(model, latents, sigma, (words, pooled_words), position, given)
+            for words, pooled_words, given in passes
         )
         velocity = untold + guidance * (told - untold)
         latents = sampler.step(velocity, timestep, latents, return_dict=False)[0]
-    x = decode_tokens(vae, latents, bucket).clamp(-1, 1)
-    return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+    return latents
 
 
 def sample_sheet(

@@ -98,7 +98,7 @@ class Stage:
 MINI = "withanyone.mini"
 STAGES: tuple[Stage, ...] = (
     Stage("text", MINI, ("text",), 10),
-    Stage("linear code", MINI, ("latents", "--code-only"), 1),
+    Stage("linear code", MINI, ("latents",), 1),
     Stage("pictures", MINI, ("pictures",), 25),
     Stage("recognizer", MINI, ("recognizer",), 60),
     Stage("detector", MINI, ("detector",), 30),
@@ -106,7 +106,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("reader", MINI, ("reader",), 20),
     Stage("image encoder", MINI, ("image-encoder",), 15),
     Stage("base", MINI, ("base", "--with-faces"), 480),
-    Stage("decoder", MINI, ("latents",), 20),
+    Stage("decoder", MINI, ("decoder", "--adapter", "runs/mini/base/face_adapter"), 60),
     Stage("shards", MINI, ("shards", "--out", "runs/mini/shards", "--identities", "1200", "--references", "6",
                            "--rec-scenes", "0", "--cp-scenes", "6000"), 15),
     Stage("records", MINI, ("records",), 2),

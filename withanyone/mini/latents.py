@@ -1,16 +1,15 @@
 """The miniature's VAE: a linear code of 8 x 8 patches, and a small network that draws the detail it lost.
 
 Encoding is one strided convolution whose rows are the principal components of patches (closed form, nothing
-to train). Decoding is the transposed convolution back, plus a residual network that takes away patch edges.
+to train). Decoding is the transposed convolution back, plus a residual network that takes away patch edges
+(trained in decoder.py).
 The class has AutoencoderKL's interface, so FluxPipeline uses it unchanged.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
-from withanyone import arcface
-from withanyone.precision import cpu_autocast
-
-from . import pictures
-from .loop import TrainingLoop, learning_rate, step_rng
-from .muon import MuonAdamW, hidden_matrices
-from .parts import RUNS, add_part_arguments, start_part, write_figures
-
-logger = logging.getLogger(__name__)
+from . import PRETRAINED, pictures
 
 
 class ResidualBlock(nn.Module):
@@ -203,146 +194,9 @@ def psnr(pictures: Tensor, others: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (pictures - others).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10))
 
 
-# Training the refiner
-
-
-def reconstruction_loss(pictures: Tensor, others: Tensor, squared: float) -> Tensor:
-    """Mean absolute error of colours and of their differences between neighbours, plus `squared` times the
-    mean square.
-
-    The differences make edges count; the square is what PSNR measures. pictures, others (B, 3, H, W) in [-1,
-    1].
-    """
-    error = others - pictures
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + 0.5 * edges + squared * error.pow(2).mean()
-
-
-@dataclass
-class PicturePool:
-    """Pictures (N, H, W, 3) uint8 of one size, and their faces' boxes (N, P, 4), zeros where nobody is."""
-
-    pixels: np.ndarray
-    bboxes: np.ndarray
-
-
-FACE_SHARE = 0.7  # of the patches that the refiner is trained on; the rest lie anywhere
-
-
-def random_patches(pools: Sequence[PicturePool], count: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Square cut-outs at multiples of 8 pixels from random pictures, most of them around a face.
-
-    (B, 3, size, size) in [-1, 1].
-    """
-    patches = np.empty((count, size, size, 3), np.uint8)
-    for index in range(count):
-        pool = pools[int(rng.integers(len(pools)))]
-        row = int(rng.integers(len(pool.pixels)))
-        cells = (np.array(pool.pixels.shape[1:3]) - size) // 8  # the last place, in cells down and across
-        place = rng.integers(cells + 1)
-        people = np.nonzero(pool.bboxes[row, :, 3] > 0)[0]
-        if len(people) and rng.random() < FACE_SHARE:
-            x1, y1, x2, y2 = pool.bboxes[row, rng.choice(people)]
-            middle = (np.array([y1 + y2, x1 + x2]) - size) / 2 + rng.uniform(-16, 16, 2)
-            place = np.clip(np.round(middle / 8).astype(int), 0, cells)
-        top, left = 8 * place
-        patches[index] = pool.pixels[row, top : top + size, left : left + size]
-    return to_tensor(patches)
-
-
 def to_tensor(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def train_refiner(
-    vae: PatchAutoencoder,
-    folder: Path,
-    pools: Sequence[PicturePool],
-    steps: int,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> None:
-    """Trains the refiner of `vae` in place, in `folder`, resuming where a checkpoint is found; the code
-    stays."""
-    vae.encoder.requires_grad_(False)
-    vae.decoder.requires_grad_(False)
-    vae.to(memory_format=torch.channels_last)
-    refiner = vae.refiner
-    matrices = hidden_matrices(refiner.blocks)
-    others = [p for p in refiner.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizer = MuonAdamW(matrices, others, lr=2e-3)
-    config = {"part": "latents", "batch_size": batch_size, "seed": seed}
-    loop = TrainingLoop(folder, steps, {"refiner": refiner}, optimizer, config)
-    for step in loop:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 2e-3)
-        rng, _ = step_rng(seed, step)
-        patches = random_patches(pools, batch_size, 64, rng)
-        with torch.no_grad():
-            latents = vae.encode(patches).latent_dist.mode()
-        with cpu_autocast():
-            decoded = vae.decode(latents).sample
-        loss = reconstruction_loss(patches, decoded.float(), squared=4.0 * step / steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
-        optimizer.step()
-        loop.log(loss=loss.item())
-    vae.to(memory_format=torch.contiguous_format).eval()
-
-
-# Measuring
-
-
-@torch.no_grad()
-def psnr_figures(vae: PatchAutoencoder, shards: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean PSNR of held-out pictures, by the linear code alone and with the refiner, at the saved
-    precision."""
-    linear, refined = [], []
-    for images in shards:
-        for start in range(0, len(images), 25):
-            x = to_tensor(images[start : start + 25])
-            latents = vae.encode(x).latent_dist.mode()
-            linear.append(psnr(x, vae.decoder(latents).clamp(-1, 1)))
-            refined.append(psnr(x, vae.decode(latents).sample.clamp(-1, 1)))
-    return {
-        "pictures": sum(len(images) for images in shards),
-        "psnr_linear_code_db": round(float(torch.cat(linear).mean()), 2),
-        "psnr_db": round(float(torch.cat(refined).mean()), 2),
-    }
-
-
-@torch.no_grad()
-def identity_figures(vae: PatchAutoencoder, folder: Path, face_pack: Path) -> dict[str, object]:
-    """Cosine of the recogniser's embedding before and after the code, for held-out faces by height."""
-    recognizer = arcface.Recognizer.from_onnx(face_pack / "recognition.onnx").eval()
-    cosines: dict[str, list[Tensor]] = {"40 to 60 px": [], "60 px and more": []}
-    for path in pictures.shard_paths(folder, "validation"):
-        shard, _ = pictures.read_shard(path, "pixels", "bboxes", "kps", "identities")
-        for row in range(min(50, len(shard["pixels"]))):
-            people = np.nonzero(shard["identities"][row] >= 0)[0]
-            if len(people) == 0:
-                continue
-            x = to_tensor(shard["pixels"][row : row + 1])
-            y = vae(x).sample.clamp(-1, 1)
-            kps = torch.from_numpy(shard["kps"][row, people])
-            before, after = (
-                recognizer(arcface.align_face(image.expand(len(people), -1, -1, -1), kps)) for image in (x, y)
-            )
-            heights = shard["bboxes"][row, people, 3] - shard["bboxes"][row, people, 1]
-            for cosine, height in zip(F.cosine_similarity(before, after), heights, strict=True):
-                if height >= 40:
-                    cosines["40 to 60 px" if height < 60 else "60 px and more"].append(cosine)
-    return {
-        name: {
-            "faces": len(values),
-            "median": round(float(torch.stack(values).median()), 4),
-            "10th_percentile": round(float(torch.stack(values).quantile(0.1)), 4),
-        }
-        for name, values in cosines.items()
-        if values
-    }
 
 
 # Command
@@ -366,44 +220,15 @@ CONFIG_NAMES = ("latent_channels", "patch_size", "block_out_channels", "layers_p
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_part_arguments(parser, "latents", steps=6000)
-    parser.add_argument("--pictures", type=Path, default=RUNS / "pictures", help="picture shards")
-    parser.add_argument("--shards", type=int, default=12, help="training shards held in memory")
-    parser.add_argument(
-        "--code-only", action="store_true", help="fit the linear code and export it, no training"
-    )
+    parser.add_argument("--pretrained", type=Path, default=PRETRAINED, help="pipeline folder to export into")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _run(args: argparse.Namespace) -> None:
-    start_part(args)
-    code_folder = args.out / "code"
-    if (code_folder / "config.json").exists():
-        vae = PatchAutoencoder.from_pretrained(code_folder)
-    else:
-        torch.manual_seed(args.seed)
-        vae = PatchAutoencoder()
-        vae.set_linear_code(fit_code(training_pictures(192, args.seed)))
-        # The code is kept as it will be stored, so that later parts see the very same latents.
-        vae.to(torch.float16).float().save_pretrained(code_folder)
-    vae = vae.float()
-    if args.code_only:
-        export(vae.eval(), args.pretrained)
-        return
-    paths = pictures.shard_paths(args.pictures, "train")[: args.shards]
-    shards = [pictures.read_shard(path, "pixels", "bboxes")[0] for path in paths]
-    pools = [PicturePool(shard["pixels"], shard["bboxes"]) for shard in shards]
-    train_refiner(vae, args.out, pools, args.steps, seed=args.seed)
-    export(vae, args.pretrained)
-    saved = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32).eval()
-    held_out = [
-        pictures.read_shard(path, "pixels")[0]["pixels"][:50]
-        for path in pictures.shard_paths(args.pictures, "validation")
-    ]
-    figures: dict[str, object] = {**psnr_figures(saved, held_out)}
-    face_pack = args.pretrained / "face_analyzer"
-    if (face_pack / "recognition.onnx").exists():
-        figures["identity_cosine"] = identity_figures(saved, args.pictures, face_pack)
-    write_figures(args.pretrained, "latents", figures)
+    torch.manual_seed(args.seed)
+    vae = PatchAutoencoder()
+    vae.set_linear_code(fit_code(training_pictures(192, args.seed)))
+    export(vae.eval(), args.pretrained)
 
 
 COMMANDS = {"latents": (_add_arguments, _run)}
