@@ -139,10 +139,21 @@ def pack(latents: Tensor) -> Tensor:
     return FluxPipeline._pack_latents(latents, batch, channels, height, width)
 
 
+def encode_tokens(vae: PatchAutoencoder, x: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] -> FLUX tokens (B, T, 96)."""
+    latents = vae.encode(x).latent_dist.mode()
+    return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+
+def latents_of(vae: PatchAutoencoder, tokens: Tensor, bucket: Bucket) -> Tensor:
+    """FLUX tokens (B, T, 96) -> what `vae` decodes (B, C, H/8, W/8)."""
+    latents = FluxPipeline._unpack_latents(tokens, bucket.height, bucket.width, 8)
+    return latents / vae.config.scaling_factor + vae.config.shift_factor
+
+
 def decode_tokens(vae: PatchAutoencoder, tokens: Tensor, bucket: Bucket) -> Tensor:
     """FLUX tokens (B, T, 96) -> pictures (B, 3, H, W), about [-1, 1]. Gradients flow through."""
-    latents = FluxPipeline._unpack_latents(tokens, bucket.height, bucket.width, 8)
-    return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    return vae.decode(latents_of(vae, tokens, bucket)).sample
 
 
 def face_share(bboxes: np.ndarray, bucket: Bucket, mirrored: bool = False) -> Tensor:
@@ -180,8 +191,7 @@ def encode_shard(
             for start in range(0, len(shard["pixels"]), 50):
                 images = shard["pixels"][start : start + 50]
                 x = to_tensor(np.ascontiguousarray(images[:, :, ::-1]) if mirrored else images)
-                latents = vae.encode(x).latent_dist.mode()
-                tokens.append(pack((latents - vae.config.shift_factor) * vae.config.scaling_factor).half())
+                tokens.append(encode_tokens(vae, x).half())
             if mirror:
                 rng = np.random.default_rng((number, mirrored))
                 captions = pictures.captions_from_attributes(shard, CAPTIONS, rng, mirrored)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ from withanyone.arcface import Recognizer, align_face
 from withanyone.precision import cpu_autocast
 
 from . import pictures
-from .base import TextModels, bucket_of_path, pack, sample_from, sampler_of
+from .base import TextModels, bucket_of_path, encode_tokens, latents_of, sample_from, sampler_of
 from .build import SAMPLING_DEFAULTS
 from .given import FaceModels, GivenFaces, draw_scales, encode_faces, perceptual_loss
-from .latents import PatchAutoencoder, export, psnr, to_tensor
+from .latents import CONFIG_NAMES, PatchAutoencoder, export, psnr, to_tensor
 from .loop import TrainingLoop, learning_rate, step_rng
 from .muon import MuonAdamW, hidden_matrices
 from .parts import RUNS, add_part_arguments, start_part, write_figures
@@ -83,7 +83,7 @@ class Maker:
         steps = SAMPLING_DEFAULTS["num_inference_steps"]
         sigmas = sampler_of(bucket, steps).sigmas
         first = int((sigmas <= level).nonzero()[0])
-        tokens = pack(self.vae.encode(to_tensor(images)).latent_dist.mode())
+        tokens = encode_tokens(self.vae, to_tensor(images))
         noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
         faces = given.encode(self.adapter, bucket, draw_scales(len(images), rng))
         tokens = sample_from(
@@ -91,7 +91,7 @@ class Maker:
             self.models.token_ids(captions), bucket, steps, SAMPLING_DEFAULTS["true_cfg_scale"],
             (faces, faces if SAMPLING_DEFAULTS["faces_in_negative"] else None), first,
         )  # fmt: skip
-        return FluxPipeline._unpack_latents(tokens, bucket.height, bucket.width, 8)
+        return latents_of(self.vae, tokens, bucket)
 
 
 @dataclass
@@ -197,16 +197,13 @@ def draw_cut_outs(pools: Sequence[PicturePool], count: int, size: int, rng: np.r
 
 def widened(vae: PatchAutoencoder, blocks: int) -> PatchAutoencoder:
     """A copy with `blocks` residual blocks; those it has more change nothing yet."""
-    out = PatchAutoencoder(**{name: vae.config[name] for name in SAME_CONFIG}, layers_per_block=blocks)
+    config = {name: vae.config[name] for name in CONFIG_NAMES}
+    out = PatchAutoencoder(**{**config, "layers_per_block": blocks})
     for block in out.refiner.blocks[vae.config.layers_per_block :]:
         nn.init.zeros_(block.conv2.weight)
         nn.init.zeros_(block.conv2.bias)
-    own = out.state_dict()
-    out.load_state_dict({**own, **{name: v for name, v in vae.state_dict().items() if name in own}})
+    out.load_state_dict({**out.state_dict(), **vae.state_dict()})
     return out
-
-
-SAME_CONFIG = ("latent_channels", "patch_size", "block_out_channels")
 
 
 def train_refiner(
