@@ -88,7 +88,7 @@ def test_moved_boxes_stay_inside():
 
 def test_cached_tokens_are_the_pictures_and_their_mirror_images(data, picture_shards, vae):
     shard, _ = pictures.read_shard(pictures.shard_paths(picture_shards)[0], "pixels")
-    tokens = data.shards[PORTRAIT][0]["tokens"].float()
+    tokens = data.pools[PORTRAIT]["tokens"].float()
     assert tokens.shape == (8, 64, 96)
     z = base.FluxPipeline._unpack_latents(tokens[[0, 4]], 128, 128, 8)
     with torch.no_grad():

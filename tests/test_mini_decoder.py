@@ -43,7 +43,8 @@ def test_the_base_keeps_more_of_a_picture_the_less_noise_it_had(maker, portraits
     shard, captions = pictures.read_shard(portraits, "pixels", "kps")
     faces = decoder.encode_faces(portraits, tmp_path, maker.face_models)
     faces["kps"] = torch.from_numpy(shard["kps"])
-    given = decoder.GivenFaces.of_rows([faces] * 4, list(range(4)))
+    faces["face_mask"] = decoder.face_masks(faces["bboxes"], faces["count"], pictures.PORTRAIT)
+    given = decoder.GivenFaces.of_rows(faces, range(4))
     with torch.no_grad():
         clean = maker.vae.encode(to_tensor(shard["pixels"][:4])).latent_dist.mode()
     told = [texts[0] for texts in captions[:4]]

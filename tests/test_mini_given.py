@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from withanyone.layout import token_mask
 from withanyone.mini import PRETRAINED, base, given, pictures
 from withanyone.mini.latents import PatchAutoencoder
 from withanyone.mini.pictures import PAIR, PORTRAIT
@@ -28,7 +29,7 @@ def make_trainer(data):
 
 
 def test_faces_are_those_of_the_pictures(data):
-    shard = data.shards[PAIR][0]
+    shard = data.pools[PAIR]
     arrays, _ = pictures.read_shard(data.folder / "train_00001.safetensors")
     assert torch.equal(shard["count"], torch.from_numpy((arrays["identities"] >= 0).sum(axis=1)))
     assert torch.equal(shard["bboxes"], torch.from_numpy(arrays["bboxes"][:, : shard["bboxes"].shape[1]]))
@@ -42,12 +43,15 @@ def test_faces_are_those_of_the_pictures(data):
 def test_a_batch_has_each_pictures_own_people(data):
     drawn = data.draw(PAIR, 6, np.random.default_rng(0), with_faces=True)
     tokens, faces = drawn.tokens, drawn.faces
-    shard = data.shards[PAIR][0]
-    for row, boxes in enumerate(faces.bboxes):
+    shard = data.pools[PAIR]
+    for row, count in enumerate(faces.count):
         picture = next(i for i, t in enumerate(shard["tokens"]) if torch.equal(t.float(), tokens[row]))
-        assert boxes == shard["bboxes"][picture, : shard["count"][picture]].tolist()
-        for place in range(len(boxes)):
+        boxes = shard["bboxes"][picture, : shard["count"][picture]].tolist()
+        assert count == len(boxes)
+        assert torch.equal(faces.face_mask[row, :, :count], token_mask([boxes], PAIR.height, PAIR.width)[0])
+        for place in range(count):
             assert torch.equal(faces.embeddings[row, place], shard["embeddings"][picture, place].float())
+            assert torch.equal(faces.kps[row, place], shard["kps"][picture, place])
     assert data.draw(PAIR, 6, np.random.default_rng(0)).faces is None
 
 
@@ -171,7 +175,7 @@ def test_compiled_blocks_with_faces_equal_plain_ones(data):
                     timestep=torch.tensor([0.3, 0.8]),
                     img_ids=inputs[0],
                     txt_ids=inputs[1],
-                    joint_attention_kwargs=base.face_kwargs(faces.encode(trainer.adapter, PORTRAIT)),
+                    joint_attention_kwargs=base.face_kwargs(faces.encode(trainer.adapter)),
                     return_dict=False,
                 )[0]
             )

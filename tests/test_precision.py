@@ -22,7 +22,7 @@ def test_autocast_of_the_miniature_follows_the_cpu(has_bfloat16):
     assert precision.computes_bfloat16() is has_bfloat16
     assert precision.computes_bfloat16("cuda")
     a = torch.ones(2, 2)
-    with precision.cpu_autocast():
+    with precision.autocast():
         assert (a @ a).dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
@@ -45,7 +45,7 @@ def test_muon_in_float32_is_torchs_within_bfloat16(shape):
     generator = torch.Generator().manual_seed(0)
     start, gradients = torch.randn(shape, generator=generator), torch.randn(3, *shape, generator=generator)
     results = []
-    for kind in (torch.optim.Muon, precision._Float32Muon):
+    for kind in (torch.optim.Muon, precision._StackedMuon):
         parameter = torch.nn.Parameter(start.clone())
         optimizer = kind([parameter], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         for gradient in gradients:
@@ -60,6 +60,6 @@ def test_muon_in_float32_is_torchs_within_bfloat16(shape):
 
 def test_muon_is_torchs_own_where_the_machine_has_bfloat16(has_bfloat16):
     matrix = torch.nn.Parameter(torch.zeros(4, 4))
-    expected = torch.optim.Muon if has_bfloat16 else precision._Float32Muon
+    expected = torch.optim.Muon if has_bfloat16 else precision._StackedMuon
     assert type(precision.make_muon([matrix], lr=0.1)) is expected
     assert type(precision.make_muon([{"params": [matrix], "lr": 0.1}])) is expected

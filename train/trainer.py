@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from withanyone import FaceAdapter, WithAnyonePipeline
+from withanyone.precision import avoid_cudnn_attention
 
 from . import runlog
 from .checkpoints import (
@@ -103,6 +104,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, pipeline: WithAnyonePipeline | None = None) -> None:
+        avoid_cudnn_attention()
         self.config = config
         self.output_dir = Path(config.output_dir)
         missing = [name for name in config.report_to if importlib.util.find_spec(name) is None]

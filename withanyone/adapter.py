@@ -332,8 +332,28 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a shape, box or scale that does not fit; the message names it.
         """
-        num_faces = self._check_faces(embeddings, image_features, bboxes)
+        num_faces = [len(boxes) for boxes in bboxes]
+        self._check_faces(embeddings, image_features, num_faces)
         face_mask = token_mask(bboxes, height, width, self.config.pixels_per_token)  # (B, N, F)
+        return self.encode_masked(
+            embeddings, image_features, face_mask, num_faces, id_scale=id_scale, siglip_scale=siglip_scale
+        )
+
+    def encode_masked(
+        self,
+        embeddings: torch.Tensor,
+        image_features: torch.Tensor | None,
+        face_mask: torch.Tensor,
+        num_faces: Sequence[int],
+        *,
+        id_scale: float | torch.Tensor | None = None,
+        siglip_scale: float | torch.Tensor | None = None,
+    ) -> FaceConditioning:
+        """`encode` where the boxes are known as tokens already, as training has them for every picture.
+
+        face_mask: (B, N, F) bool of `layout.token_mask`, on the CPU; num_faces: how many of F each row has.
+        """
+        self._check_faces(embeddings, image_features, num_faces)
         scales = self._branch_scales(id_scale, siglip_scale, len(num_faces))
         if scales.get("sig") is not None and image_features is None and any(num_faces):
             raise ValueError(
@@ -382,9 +402,8 @@ class FaceAdapter(ModelMixin, ConfigMixin):
     def _to_own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
 
-    def _check_faces(self, embeddings, image_features, bboxes) -> list[int]:
-        """How many faces each row has, after checking that the tensors hold them."""
-        num_faces = [len(boxes) for boxes in bboxes]
+    def _check_faces(self, embeddings, image_features, num_faces: Sequence[int]) -> None:
+        """Raises ValueError where the tensors do not hold each row's number of faces."""
         if not num_faces:
             raise ValueError("`bboxes` is empty; give one list of boxes for each picture of the batch.")
         needed = (len(num_faces), max(num_faces))
@@ -399,7 +418,6 @@ class FaceAdapter(ModelMixin, ConfigMixin):
                     f"`{name}` has shape {shape}; give {wanted} with B = {needed[0]} pictures and F at least "
                     f"{needed[1]} faces, as many as `bboxes` has in its longest row."
                 )
-        return num_faces
 
     def _branch_scales(self, id_scale, siglip_scale, batch_size: int) -> dict[str, torch.Tensor]:
         """The scale (B,) of each branch that is not 0 everywhere."""

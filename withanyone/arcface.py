@@ -88,7 +88,8 @@ def align_face(images: Tensor, kps: Tensor, size: int = TEMPLATE_SIZE) -> Tensor
         )
     dtype = images.dtype
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    matrix = similarity_transform(kps.to(device=images.device, dtype=exact), size)  # (B, 2, 3)
+    # Where the landmarks are: a GPU would have to be waited for to check them.
+    matrix = similarity_transform(kps.to(dtype=exact), size).to(images.device)  # (B, 2, 3)
     a, b = matrix[:, 0, 0], matrix[:, 1, 0]
     square = a * a + b * b
     inverse = torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], dim=1) / square[:, None, None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 
@@ -117,6 +118,20 @@ def _map_tensors(value, fn: Callable[[torch.Tensor], torch.Tensor]):
     return value
 
 
+def _unique_lines(rows: torch.Tensor, absent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different lines of `rows` (M,) and `absent` (M, F), sorted, and which of them each of M is.
+
+    As bits of one number while they fit, which sorts ten times as fast as lines do.
+    """
+    num_faces = absent.shape[1]
+    if num_faces > 32:
+        return torch.cat([rows[:, None], absent.long()], dim=1).unique(dim=0, return_inverse=True)
+    shifts = torch.arange(num_faces - 1, -1, -1)
+    codes = (rows << num_faces) + (absent.long() << shifts).sum(dim=1)
+    codes, group = codes.unique(return_inverse=True)
+    return torch.cat([(codes >> num_faces)[:, None], (codes[:, None] >> shifts) & 1], dim=1), group
+
+
 def group_tokens(face_mask: torch.Tensor, num_faces: Sequence[int]) -> TokenGroups:
     """Groups of the image tokens in `face_mask` (B, N, F) that lie under the same faces.
 
@@ -126,8 +141,7 @@ def group_tokens(face_mask: torch.Tensor, num_faces: Sequence[int]) -> TokenGrou
     face_mask = face_mask.cpu()
     rows, positions = face_mask.any(-1).nonzero(as_tuple=True)  # (M,) each
     # One line a token: its row and the faces it is not under, so that groups sort by row, then by first face.
-    lines = torch.cat([rows[:, None], (~face_mask[rows, positions]).long()], dim=1)  # (M, 1 + F)
-    lines, group = lines.unique(dim=0, return_inverse=True)
+    lines, group = _unique_lines(rows, ~face_mask[rows, positions])  # (G, 1 + F), (M,)
     order = group.argsort(stable=True)
     group, tokens = group[order], (rows * face_mask.shape[1] + positions)[order]
     num_groups, sizes = len(lines), torch.bincount(group, minlength=len(lines))  # (G,)
@@ -137,7 +151,7 @@ def group_tokens(face_mask: torch.Tensor, num_faces: Sequence[int]) -> TokenGrou
     padded = torch.zeros(num_groups * longest, dtype=torch.long)
     padded[slots] = torch.arange(len(group))
 
-    first = [sum(num_faces[:b]) for b in range(len(num_faces))]
+    first = [0, *accumulate(num_faces)]
     sets = [[first[row] + f for f, absent in enumerate(line) if not absent] for row, *line in lines.tolist()]
     most = max(map(len, sets), default=0)
     faces = torch.tensor([s + [s[0]] * (most - len(s)) for s in sets], dtype=torch.long)

@@ -18,22 +18,31 @@ def computes_bfloat16(device: torch.device | str = "cpu") -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def cpu_autocast() -> torch.autocast:
-    """Autocast to bfloat16 on a CPU that has it, else plain float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16())
+def autocast(device: torch.device | str = "cpu") -> torch.autocast:
+    """Autocast to bfloat16 on a GPU or a CPU that has it, else plain float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
+
+
+def avoid_cudnn_attention() -> None:
+    """Leaves attention on a GPU to the other kernels: trainings call it.
+
+    torch 2.11 and later prefer cuDNN's on an H100 or H200, whose gradients in bfloat16 can be NaN
+    (pytorch/pytorch#196678): the adapter's loss was NaN in its third step there.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def orthogonalized(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Nearest matrix with singular values near 1, by Newton-Schulz (Jordan et al. 2024, "Muon").
 
-    X <- a X + (b X Xᵀ + c (X Xᵀ)²) X with (a, b, c) = (3.4445, -4.7750, 2.0315). update (m, n).
+    X <- a X + (b X Xᵀ + c (X Xᵀ)²) X with (a, b, c) = (3.4445, -4.7750, 2.0315). update (..., m, n).
     """
-    x = update.T if update.shape[0] > update.shape[1] else update
-    x = x / (x.norm() + 1e-7)
+    x = update.mT if update.shape[-2] > update.shape[-1] else update
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if update.shape[0] > update.shape[1] else x
+    return x.mT if update.shape[-2] > update.shape[-1] else x
 
 
 def muon_update(gradient: torch.Tensor, buffer: torch.Tensor, momentum: float) -> torch.Tensor:
@@ -46,8 +55,12 @@ def muon_update(gradient: torch.Tensor, buffer: torch.Tensor, momentum: float) -
     return orthogonalized(matrix).reshape(gradient.shape) * (0.2 * max(matrix.shape) ** 0.5)
 
 
-class _Float32Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with its products in the parameters' dtype; states are interchangeable."""
+class _StackedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` that orthogonalises all matrices of a shape at once; states are interchangeable.
+
+    A GPU then starts a twentieth of the kernels. Its products are in bfloat16 there, as torch's are; on a CPU
+    in the parameters' dtype.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -56,15 +69,32 @@ class _Float32Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            alike: dict[tuple, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
+                if parameter.grad is not None:
+                    plain = type(parameter) is torch.nn.Parameter  # else sharded, and by itself
+                    kind = (parameter.shape, parameter.device, parameter.dtype, plain or id(parameter))
+                    alike.setdefault(kind, []).append(parameter)
+            for (shape, device, *_), parameters in alike.items():
+                for parameter in parameters:
+                    if "momentum_buffer" not in self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                if len(parameters) == 1:
+                    parameter = parameters[0]
+                    buffer = self.state[parameter]["momentum_buffer"]
+                    update = muon_update(parameter.grad, buffer, group["momentum"])
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-group["lr"])
                     continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                update = muon_update(parameter.grad, state["momentum_buffer"], group["momentum"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"])
+                buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+                dtype = torch.bfloat16 if device.type == "cuda" else updates.dtype
+                updates = orthogonalized(updates.to(dtype)).to(updates.dtype)
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(shape) ** 0.5  # an AdamW step's, as in `muon_update`
+                torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * size)
         return loss
 
 
@@ -73,10 +103,11 @@ def make_muon(
 ) -> torch.optim.Muon:
     """Muon whose steps have AdamW's size (`match_rms_adamw`), for matrices or groups of them.
 
-    torch's orthogonalises in bfloat16 always, which is most of a training step on a CPU that lacks it: there
-    it is done in float32.
+    torch's orthogonalises in bfloat16 always, which is most of a training step on a CPU that lacks it (there
+    it is done in float32), and one matrix after the other, which is a third of one on a GPU.
     """
     given = list(parameters)
     devices = {p.device for entry in given for p in (entry["params"] if isinstance(entry, dict) else [entry])}
-    kind = torch.optim.Muon if all(map(computes_bfloat16, devices)) else _Float32Muon
+    plain = all(device.type == "cpu" and computes_bfloat16(device) for device in devices)
+    kind = torch.optim.Muon if plain else _StackedMuon
     return kind(given, adjust_lr_fn="match_rms_adamw", **settings)

@@ -24,6 +24,7 @@ MODULES = {
     "image-encoder": "vision",
     "base": "base",
     "guidance": "base",
+    "latent-pictures": "base",
     "recognizer": "facepack",
     "detector": "facepack",
     "judge": "facepack",

@@ -17,15 +17,18 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.fx.experimental._config
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
@@ -37,13 +40,30 @@ from withanyone import FaceAdapter, flow
 from withanyone.adapter import CONDITIONING_KEY
 from withanyone.conditioning import FaceConditioning
 from withanyone.faces import FaceAnalyzer
-from withanyone.precision import cpu_autocast, make_muon
+from withanyone.precision import autocast, make_muon
 
 from . import pictures, text
-from .given import FaceModels, GivenFaces, draw_scales, encode_faces, new_adapter, perceptual_loss
+from .given import (
+    FaceModels,
+    GivenFaces,
+    draw_scales,
+    encode_faces,
+    face_masks,
+    new_adapter,
+    perceptual_loss,
+)
 from .latents import PatchAutoencoder, to_tensor
 from .loop import TrainingLoop, step_rng
-from .parts import RUNS, add_part_arguments, export_adapter, start_part, write_figures
+from .parts import (
+    RUNS,
+    add_device_argument,
+    add_part_arguments,
+    device_name,
+    export_adapter,
+    part_of,
+    start_part,
+    write_figures,
+)
 from .pictures import Bucket
 from .scheduler import SeededFlowMatchScheduler
 
@@ -59,21 +79,23 @@ SHORT_TEXT = 24  # tokens that every caption of one person fits in
 #: Draws of a bucket at the trunk's start and from step 3000 on: portraits teach faces cheapest, groups come
 #: in later.
 SHARES = {
-    pictures.PORTRAIT: (0.76, 0.58),
-    pictures.PAIR: (0.10, 0.16),
-    pictures.GROUP: (0.06, 0.15),
-    pictures.WIDE: (0.03, 0.04),
-    pictures.TALL: (0.03, 0.03),
-    pictures.WIDE_GROUP: (0.02, 0.04),
+    pictures.PORTRAIT: (0.76, 0.42),
+    pictures.PAIR: (0.10, 0.20),
+    pictures.GROUP: (0.06, 0.22),
+    pictures.WIDE: (0.03, 0.05),
+    pictures.TALL: (0.03, 0.04),
+    pictures.WIDE_GROUP: (0.02, 0.07),
 }
 SHARES_SETTLE = 3000
+FLAT_SHARE = 0.6  # of a timed run's time has the full learning rate
 #: How much more a token of a face counts in the loss than any other: faces are a tenth of a picture, and what
 #: people look at.
 FACE_WEIGHT = 8.0
 #: Of how a face's clean estimate looks to the recogniser, where noise is low enough for it to be a face.
 FEATURE_WEIGHT = 0.1
 FEATURE_MAX_SIGMA = 0.5
-FEATURE_FACES = 24  # a step and process
+FEATURE_FACES = 24  # a step and process, or more where a step has more tokens:
+TOKENS_A_FEATURE_FACE = 256
 FACE_SHARE = 0.8  # of batches whose people are given by their faces, where an adapter learns along
 
 
@@ -105,12 +127,12 @@ class TextModels:
     t5: T5EncoderModel
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> TextModels:
+    def from_pretrained(cls, folder: Path, device: torch.device | str = "cpu") -> TextModels:
         """Loads them in fp32."""
         return cls(
             PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2"),
-            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval(),
-            T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval(),
+            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval().to(device),
+            T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval().to(device),
         )
 
     @torch.no_grad()
@@ -118,6 +140,7 @@ class TextModels:
         """token_ids (B, 64) padded -> T5's states (B, length, D), padded to `length`, and CLIP's pooled (B,
         D)."""
         used = int((token_ids != self.tokenizer.pad_token_id).sum(dim=1).max())
+        token_ids = token_ids.to(self.clip.device)
         return self.t5(token_ids[:, :length])[0], self.clip(token_ids[:, :used]).pooler_output
 
     def token_ids(self, captions: list[str]) -> Tensor:
@@ -141,7 +164,7 @@ def pack(latents: Tensor) -> Tensor:
 
 def encode_tokens(vae: PatchAutoencoder, x: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> FLUX tokens (B, T, 96)."""
-    latents = vae.encode(x).latent_dist.mode()
+    latents = vae.encode(x.to(vae.device)).latent_dist.mode()
     return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
@@ -191,7 +214,7 @@ def encode_shard(
             for start in range(0, len(shard["pixels"]), 50):
                 images = shard["pixels"][start : start + 50]
                 x = to_tensor(np.ascontiguousarray(images[:, :, ::-1]) if mirrored else images)
-                tokens.append(encode_tokens(vae, x).half())
+                tokens.append(encode_tokens(vae, x).half().cpu())
             if mirror:
                 rng = np.random.default_rng((number, mirrored))
                 captions = pictures.captions_from_attributes(shard, CAPTIONS, rng, mirrored)
@@ -215,7 +238,11 @@ class Drawn(NamedTuple):
 
 
 class LatentPictures:
-    """All pictures as tokens, by bucket; `refresh` takes in shards that were rendered since."""
+    """All pictures as tokens, by bucket; `refresh` takes in shards that were rendered since.
+
+    What is large lies on `device`, so a GPU draws its batches from its own memory. With `waits` only shards
+    are taken that another process has encoded (`python -m withanyone.mini latent-pictures`).
+    """
 
     def __init__(
         self,
@@ -225,50 +252,85 @@ class LatentPictures:
         vae: PatchAutoencoder,
         models: TextModels,
         face_models: FaceModels | None = None,
+        waits: bool = False,
     ) -> None:
         self.folder, self.cache, self.split, self.vae, self.models = folder, cache, split, vae, models
-        self.face_models = face_models
-        self.shards: dict[Bucket, list[dict[str, Tensor]]] = {bucket: [] for bucket in SHARES}
+        self.face_models, self.waits = face_models, waits
+        #: One shard a bucket, made of all: the pictures, then the mirrored ones.
+        self.pools: dict[Bucket, dict[str, Tensor]] = {}
         self.seen: set[str] = set()
         self.refresh()
 
     def refresh(self) -> None:
         """Loads the shards that are new."""
-        mirror = self.split == "train"
+        new: dict[Bucket, list[dict[str, Tensor]]] = {}
         for path in pictures.shard_paths(self.folder, self.split):
-            if path.name not in self.seen:
+            if path.name not in self.seen and (not self.waits or is_encoded(path, self.cache)):
                 self.seen.add(path.name)
-                bucket = bucket_of_path(path)
-                shard = encode_shard(path, self.cache, self.vae, self.models, mirror)
-                known = pictures.read_shard(path, "bboxes", "kps")[0]
-                bboxes = known["bboxes"]
-                sides = (False, True) if mirror else (False,)
-                shard["face_share"] = torch.cat([face_share(bboxes, bucket, side) for side in sides])
-                if self.face_models is not None:
-                    shard |= encode_faces(path, self.cache, self.face_models)
-                    shard["kps"] = torch.from_numpy(known["kps"])
-                self.shards[bucket].append(shard)
+                new.setdefault(bucket_of_path(path), []).append(self._read(path))
+        for bucket, shards in new.items():
+            pool = self.pools.get(bucket)
+            self.pools[bucket] = joined([*([] if pool is None else [pool]), *shards])
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        bucket, mirror = bucket_of_path(path), self.split == "train"
+        shard = encode_shard(path, self.cache, self.vae, self.models, mirror)
+        known = pictures.read_shard(path, "bboxes", "kps")[0]
+        sides = (False, True) if mirror else (False,)
+        shard["face_share"] = torch.cat([face_share(known["bboxes"], bucket, side) for side in sides])
+        shard["plain"] = torch.arange(len(known["bboxes"]))  # rows that are not mirrored
+        if self.face_models is not None:
+            shard |= encode_faces(path, self.cache, self.face_models)
+            shard["kps"] = torch.from_numpy(known["kps"])[:, : shard["bboxes"].shape[1]]
+            shard["face_mask"] = face_masks(shard["bboxes"], shard["count"], bucket)
+        device = self.vae.device
+        return {name: value.to(device) if name in LARGE else value for name, value in shard.items()}
 
     def count(self, bucket: Bucket) -> int:
         """Number of pictures of a bucket."""
-        return sum(len(shard["tokens"]) for shard in self.shards[bucket])
+        return len(self.pools[bucket]["tokens"]) if bucket in self.pools else 0
 
     def draw(
         self, bucket: Bucket, batch_size: int, rng: np.random.Generator, with_faces: bool = False
     ) -> Drawn:
         """Random pictures; with_faces: and the faces of their people, which mirrored pictures don't have."""
-        shards = self.shards[bucket]
-        chosen = [shards[s] for s in rng.integers(len(shards), size=batch_size)]
-        rows = [int(rng.integers(len(shard["count" if with_faces else "tokens"]))) for shard in chosen]
-        which = [int(rng.integers(shard["token_ids"].shape[1])) for shard in chosen]
-        tokens, shares = (
-            torch.stack([shard[name][row] for shard, row in zip(chosen, rows, strict=True)]).float()
-            for name in ("tokens", "face_share")
-        )
-        ids = torch.stack(
-            [shard["token_ids"][row, k] for shard, row, k in zip(chosen, rows, which, strict=True)]
-        )
-        return Drawn(tokens, ids.long(), shares, GivenFaces.of_rows(chosen, rows) if with_faces else None)
+        pool = self.pools[bucket]
+        rows = torch.from_numpy(rng.integers(len(pool["plain" if with_faces else "tokens"]), size=batch_size))
+        which = torch.from_numpy(rng.integers(pool["token_ids"].shape[1], size=batch_size))
+        there = rows.to(pool["tokens"].device)
+        tokens, shares = (pool[name][there].float() for name in ("tokens", "face_share"))
+        ids = pool["token_ids"][rows, which].long()
+        return Drawn(tokens, ids, shares, GivenFaces.of_rows(pool, rows) if with_faces else None)
+
+
+#: What of a shard a batch is drawn from by the device itself.
+LARGE = ("tokens", "face_share", "embeddings", "features")
+
+
+def is_encoded(path: Path, cache: Path) -> bool:
+    """Whether a picture shard's tokens and faces lie in `cache`."""
+    return (cache / path.name).exists() and (cache / f"faces_{path.name}").exists()
+
+
+def joined(shards: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One shard of several of a bucket: first what is not mirrored of all, then what is."""
+    if len(shards) == 1:
+        return shards[0]
+    plain = [len(shard["plain"]) for shard in shards]
+    out = {}
+    for name, first in shards[0].items():
+        values = [shard[name] for shard in shards]
+        people = {"embeddings": 1, "features": 1, "bboxes": 1, "kps": 1, "face_mask": 2}.get(name)
+        if people is not None:  # shards differ in how many people their fullest picture has
+            most = max(value.shape[people] for value in values)
+            for place, value in enumerate(values):
+                padding = [0] * (2 * (first.ndim - people))
+                padding[-1] = most - value.shape[people]
+                values[place] = torch.nn.functional.pad(value, padding)
+        pieces = [value[:number] for value, number in zip(values, plain, strict=True)]
+        pieces += [value[number:] for value, number in zip(values, plain, strict=True)]
+        out[name] = torch.cat(pieces)
+    return out
 
 
 def bucket_shares(step: int) -> np.ndarray:
@@ -407,7 +469,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def compile_blocks(model: FluxTransformer2DModel) -> None:
-    """Compiles the model's blocks: a step is 1.4 times as fast, each kind of block compiles once a shape.
+    """Compiles the model's blocks: a step is 1.4 times as fast on a CPU, where each kind of block compiles
+    once a shape. On a GPU it compiles once for all, since there a step is short and a compilation long.
 
     Call it before an adapter is attached: the adapter's hooks then stay outside the graphs, so that faces, of
     which no two pictures have the same tokens, compile nothing anew.
@@ -420,8 +483,10 @@ def compile_blocks(model: FluxTransformer2DModel) -> None:
 
         return call
 
+    dynamic = model.device.type == "cuda"
+    torch.fx.experimental._config.use_duck_shape = not dynamic  # as many words as image tokens: by chance
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        block.forward = without_faces(torch.compile(block.forward, dynamic=False))
+        block.forward = without_faces(torch.compile(block.forward, dynamic=dynamic))
 
 
 class Trainer:
@@ -450,6 +515,8 @@ class Trainer:
         self.model = FluxTransformer2DModel(**transformer_config(data.vae.config.latent_channels))
         if init_from is not None:
             self.model.load_state_dict(FluxTransformer2DModel.from_pretrained(init_from).state_dict())
+        self.device = data.vae.device
+        self.model.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         if compiled:
             compile_blocks(self.model)
@@ -458,19 +525,20 @@ class Trainer:
             self.adapter = new_adapter(self.model, data.face_models.image_encoder.config.hidden_size).train()
             if init_adapter is not None:
                 self.adapter.load_state_dict(FaceAdapter.from_pretrained(init_adapter).state_dict())
+            self.adapter.to(self.device)
             self.adapter_average = copy.deepcopy(self.adapter).requires_grad_(False).eval()
             self.adapter.attach(self.model)
             self.adapter_average.attach(self.average)
         self.optimizers = Optimizers(self.model, self.adapter)
         self.empty_ids = models.token_ids([""])[0]
 
-    def step(self, step: int, learning_rate: float, average_decay: float) -> float:
-        """One optimiser step; everything random follows from (seed, step, rank). Returns the loss."""
+    def step(self, step: int, learning_rate: float, average_decay: float) -> Tensor:
+        """One optimiser step; everything random follows from (seed, step, rank). Returns the loss, ()."""
         rng, generator = step_rng(self.seed + RANK_STRIDE * rank(), step)
         # 1. A batch of one size, captions dropped here and there.
         buckets = list(SHARES)
         bucket = buckets[int(rng.choice(len(buckets), p=bucket_shares(step)))]
-        if not self.data.shards[bucket]:
+        if bucket not in self.data.pools:
             bucket = pictures.PORTRAIT
         batch_size = batch_size_of(bucket, self.tokens_per_step)
         with_faces = self.adapter is not None and rng.random() < self.face_share
@@ -479,15 +547,17 @@ class Trainer:
         token_ids = torch.where(dropped[:, None], self.empty_ids, token_ids)
         text_length = text_length_of(bucket, rng)
         states, pooled = self.models.encode(token_ids, text_length)
-        # 2. Noise.
-        noise = torch.randn(latents.shape, generator=generator)
+        # 2. Noise, drawn where it is needed.
         sigma = training_sigmas(batch_size, bucket, generator)
+        if self.device.type != "cpu":
+            generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
+        noise = torch.randn(latents.shape, generator=generator, device=self.device)
         noisy_latents = flow.noisy_latents(latents, noise, sigma)
         # 3. The velocity and its error.
         faces = None
         if given is not None:
-            with cpu_autocast():
-                faces = given.encode(self.adapter, bucket, draw_scales(batch_size, rng))
+            with autocast(self.device):
+                faces = given.encode(self.adapter, draw_scales(batch_size, rng))
         position = position_ids(bucket, text_length)
         velocity = velocity_of(self.model, noisy_latents, sigma, (states, pooled), position, faces)
         error = (velocity - flow.velocity(latents, noise)).pow(2).mean(dim=-1)  # (B, T)
@@ -507,7 +577,7 @@ class Trainer:
         update_average(self.average, self.model, average_decay)
         if self.adapter is not None:
             update_average(self.adapter_average, self.adapter, average_decay)
-        return loss.item()
+        return loss.detach()
 
     def feature_loss(
         self, denoised: Tensor, latents: Tensor, sigma: Tensor, given: GivenFaces, bucket: Bucket
@@ -515,13 +585,14 @@ class Trainer:
         """`perceptual_loss` of the faces in the clean estimate beside those in the clean latents, (B, T, 96)
         both, of the pictures whose noise is low; 0 where none is."""
         low = (sigma <= FEATURE_MAX_SIGMA).tolist()
-        chosen = [(b, f) for b, kps in enumerate(given.kps) if low[b] for f in range(len(kps))]
-        chosen = chosen[:FEATURE_FACES]
+        chosen = [(b, f) for b, number in enumerate(given.count) if low[b] for f in range(number)]
+        chosen = chosen[: max(FEATURE_FACES, self.tokens_per_step // TOKENS_A_FEATURE_FACE)]
         if not chosen:
             return denoised.new_zeros(())
-        rows, place = torch.tensor([b for b, _ in chosen]).unique(return_inverse=True)
-        kps = torch.stack([given.kps[b][f] for b, f in chosen]).float()
-        with cpu_autocast():
+        of_picture, of_face = torch.tensor(chosen).T
+        kps = given.kps[of_picture, of_face].float()
+        rows, place = (index.to(self.device) for index in of_picture.unique(return_inverse=True))
+        with autocast(self.device):
             made = decode_tokens(self.data.vae, denoised[rows], bucket)
             with torch.no_grad():
                 targets = decode_tokens(self.data.vae, latents[rows], bucket)
@@ -565,14 +636,15 @@ def velocity_of(
     faces: FaceConditioning | None,
 ) -> Tensor:
     """Velocity (B, T, 96) at `sigma` (B,). `text`: states and pooled; `position`: of `position_ids`."""
-    with cpu_autocast():
+    device = noisy_latents.device
+    with autocast(device):
         velocity = model(
             hidden_states=noisy_latents,
             encoder_hidden_states=text[0],
             pooled_projections=text[1],
-            timestep=sigma,
-            img_ids=position[0],
-            txt_ids=position[1],
+            timestep=sigma.to(device),
+            img_ids=position[0].to(device),
+            txt_ids=position[1].to(device),
             joint_attention_kwargs=face_kwargs(faces),
             return_dict=False,
         )[0]
@@ -581,8 +653,8 @@ def velocity_of(
 
 def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float], first: int,
              every: Callable[[int], None]) -> None:  # fmt: skip
-    """Trains until the loop's last step. `rate`: a step's learning rate; `first`: data's number of the
-    loop's step 0.
+    """Trains until the loop's last step. `rate`: a step's learning rate, or below 0 to end there; `first`:
+    data's number of the loop's step 0.
 
     A SIGTERM or ctrl-c saves a checkpoint before it ends the run.
     """
@@ -597,12 +669,17 @@ def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float],
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for step in loop:
+            learning_rate = rate(step)
+            if learning_rate < 0:
+                loop.save()
+                break
             if step % 100 == 0:
                 trainer.data.refresh()
             # By this loop's own steps: an average as long as a short run would hold on to where it began.
             decay = min(0.998, (1 + step) / (10 + step))
-            loss = trainer.step(first + step, rate(step), decay)
-            loop.log(loss=loss)
+            loss = trainer.step(first + step, learning_rate, decay)
+            if trainer.device.type == "cpu" or step % 20 == 0:  # reading it waits for the device
+                loop.log(loss=float(loss))
             every(step + 1)
             if signals:
                 loop.step = step + 1
@@ -611,6 +688,18 @@ def run_loop(trainer: Trainer, loop: TrainingLoop, rate: Callable[[int], float],
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def timed_rate(peak: float, seconds: float, clock: Callable[[], float] = time.monotonic) -> Callable:
+    """Learning rates of a run that has so much time: warm-up, `peak`, and from FLAT_SHARE of the time on down
+    to zero at its end; -1 after it."""
+    started = clock()
+
+    def rate(step: int) -> float:
+        left = 1 - (clock() - started) / seconds
+        return -1.0 if left <= 0 else peak * min(1.0, (step + 1) / 100, left / (1 - FLAT_SHARE))
+
+    return rate
 
 
 # Measuring
@@ -629,13 +718,15 @@ def held_out_errors(
         ("two", pictures.PAIR),
         ("groups", pictures.GROUP),
     ):
+        if bucket not in data.pools:
+            continue
         size = max(8, count * 64 // bucket.num_tokens)
         drawn = data.draw(bucket, size, np.random.default_rng(0), adapter is not None)
         latents, token_ids, shares, given = drawn
         states, pooled = data.models.encode(token_ids, text.MAX_TEXT_TOKENS)
         position = position_ids(bucket, text.MAX_TEXT_TOKENS)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        faces = None if given is None else given.encode(adapter, bucket)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
+        faces = None if given is None else given.encode(adapter)
         result[name], result[f"{name}, faces"] = {}, {}
         for sigma in SIGMAS:
             noisy_latents = flow.noisy_latents(latents, noise, sigma)
@@ -667,11 +758,11 @@ def sample(
     size = len(captions)
     generator = torch.Generator().manual_seed(seed)
     shape = (size, vae.config.latent_channels, bucket.height // 8, bucket.width // 8)
-    latents = pack(torch.randn(shape, generator=generator))
+    latents = pack(torch.randn(shape, generator=generator)).to(vae.device)
     token_ids = models.token_ids(captions)
     latents = sample_from(model, models, latents, token_ids, bucket, steps, guidance, (faces, faces))
     x = decode_tokens(vae, latents, bucket).clamp(-1, 1)
-    return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+    return ((x.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
 def sampler_of(bucket: Bucket, steps: int) -> SeededFlowMatchScheduler:
@@ -729,10 +820,9 @@ def sample_sheet(
         real = pictures.read_shard(paths[0], "pixels")[0]["pixels"][: len(told)]
         several = [real, sample(trainer.average, trainer.data.vae, trainer.models, told, bucket)]
         if trainer.adapter_average is not None:
-            shard = held_out.shards[bucket][0]
-            given = GivenFaces.of_rows([shard] * len(told), list(range(len(told))))
+            given = GivenFaces.of_rows(held_out.pools[bucket], range(len(told)))
             with torch.no_grad():
-                faces = given.encode(trainer.adapter_average, bucket)
+                faces = given.encode(trainer.adapter_average)
             several.append(
                 sample(trainer.average, trainer.data.vae, trainer.models, told, bucket, faces=faces)
             )
@@ -865,19 +955,34 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of how given faces look to the recogniser; 0: not at all",
     )
     parser.add_argument("--no-compile", action="store_true", help="blocks as they are: no compiler")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="instead of --steps and --cooldown: a run of so much time, on a machine that is lent for it",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="encoded pictures, of `latent-pictures` that works meanwhile; default: in --out, made here",
+    )
+    add_device_argument(parser)
+
+
+def _load(args: argparse.Namespace, device: str) -> tuple[TextModels, PatchAutoencoder, FaceModels]:
+    """The frozen parts that the base learns with."""
+    models = TextModels.from_pretrained(args.pretrained, device)
+    vae = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32)
+    vae.eval().requires_grad_(False).to(device)
+    return models, vae, FaceModels.from_pretrained(args.pretrained, device)
 
 
 def _run(args: argparse.Namespace) -> None:
     start_part(args)
     join_processes()
-    # Plain products in bf16 are faster on a CPU than the fused attention at these sizes.
-    torch.backends.cuda.enable_flash_sdp(False)
-    models = TextModels.from_pretrained(args.pretrained)
-    vae = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32)
-    vae.eval().requires_grad_(False)
-    cache = args.out / "latents"
-    face_models = FaceModels.from_pretrained(args.pretrained) if args.with_faces else None
-    data = LatentPictures(args.pictures, cache, "train", vae, models, face_models)
+    models, vae, face_models = _load(args, args.device)
+    face_models = face_models if args.with_faces else None
+    cache = args.cache or args.out / "latents"
+    data = LatentPictures(args.pictures, cache, "train", vae, models, face_models, args.cache is not None)
     held_out = LatentPictures(args.pictures, cache, "validation", vae, models, face_models)
     captions = sheet_captions(args.pictures)
     trainer = Trainer(
@@ -915,6 +1020,17 @@ def _run(args: argparse.Namespace) -> None:
         return every
 
     peak = args.learning_rate
+    if args.minutes is not None:
+        timed = trainer.loop(args.out / "timed", OPEN_END, "base, timed")
+        begun = timed.step
+        rate = timed_rate(peak, 60 * args.minutes)
+        run_loop(trainer, timed, rate, args.init_steps, watch(args.init_steps))
+        write()
+        told = {"steps": args.init_steps + timed.step, "steps_of_this_run": timed.step - begun,
+                "pictures": {f"{b.width} x {b.height}": data.count(b) for b in SHARES},
+                "device": device_name(args.device)}  # fmt: skip
+        write_figures(args.pretrained, "base", {**errors(HELD_OUT_PICTURES), **told})
+        return
     trunk = trainer.loop(args.out / "trunk", args.steps, "base, trunk")
     first = args.init_steps
     run_loop(trainer, trunk, lambda step: peak * min(1.0, (step + 1) / 100), first, watch(first))
@@ -945,10 +1061,38 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
 
 def _run_guidance(args: argparse.Namespace) -> None:
     start_part(args)
-    torch.backends.cuda.enable_flash_sdp(False)
     figures = guidance_figures(args.pictures, args.pretrained, args.count, args.scales)
     told = {"captions": "held-out people", "one_person": args.count, "two": args.count // 2}
     write_figures(args.pretrained, "guidance", {**told, "asked_number_of_faces_found": figures})
 
 
-COMMANDS = {"base": (_add_arguments, _run), "guidance": (_add_guidance, _run_guidance)}
+def _add_latent_pictures(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Picture shards, rendered and encoded: what `base --cache` takes up while it trains. Several "
+        "processes, each with a --part, share the work."
+    )
+    add_part_arguments(parser, "base", steps=0)
+    parser.add_argument("--pictures", type=Path, default=RUNS / "pictures", help="picture shards")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of the encoded pictures")
+    parser.add_argument("--split", default="train", choices=["train", "validation"])
+    parser.add_argument("--shards", type=int, default=96)
+    parser.add_argument("--part", type=part_of, default=(0, 1), help="i/n: every n-th shard from the i-th on")
+
+
+def _run_latent_pictures(args: argparse.Namespace) -> None:
+    start_part(args)
+    cv2.setNumThreads(1)  # of several processes, each has a core
+    models, vae, face_models = _load(args, "cpu")
+    size = pictures.SHARD_SIZE if args.split == "train" else pictures.VALIDATION_SHARD_SIZE
+    index, count = args.part
+    for number in range(args.shards)[index::count]:
+        path = pictures.render_shard(args.pictures, number, args.split, args.seed, size)
+        encode_shard(path, args.cache, vae, models, mirror=args.split == "train")
+        encode_faces(path, args.cache, face_models)
+
+
+COMMANDS = {
+    "base": (_add_arguments, _run),
+    "guidance": (_add_guidance, _run_guidance),
+    "latent-pictures": (_add_latent_pictures, _run_latent_pictures),
+}

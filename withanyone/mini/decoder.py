@@ -25,16 +25,16 @@ from torch import Tensor, nn
 
 from withanyone import FaceAdapter, flow
 from withanyone.arcface import Recognizer, align_face
-from withanyone.precision import cpu_autocast
+from withanyone.precision import autocast
 
 from . import pictures
 from .base import TextModels, bucket_of_path, encode_tokens, latents_of, sample_from, sampler_of
 from .build import SAMPLING_DEFAULTS
-from .given import FaceModels, GivenFaces, draw_scales, encode_faces, perceptual_loss
+from .given import FaceModels, GivenFaces, draw_scales, encode_faces, face_masks, perceptual_loss
 from .latents import CONFIG_NAMES, PatchAutoencoder, export, psnr, to_tensor
 from .loop import TrainingLoop, learning_rate, step_rng
 from .muon import MuonAdamW, hidden_matrices
-from .parts import RUNS, add_part_arguments, start_part, write_figures
+from .parts import RUNS, add_device_argument, add_part_arguments, start_part, write_figures
 from .pictures import Bucket
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,15 @@ class Maker:
     adapter: FaceAdapter
 
     @classmethod
-    def from_pretrained(cls, folder: Path, adapter: Path) -> Maker:
+    def from_pretrained(cls, folder: Path, adapter: Path, device: torch.device | str = "cpu") -> Maker:
         """Of a pipeline folder, with an adapter of another."""
-        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer").eval()
-        face_adapter = FaceAdapter.from_pretrained(adapter).eval()
+        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer").eval().to(device)
+        face_adapter = FaceAdapter.from_pretrained(adapter).eval().to(device)
         face_adapter.attach(transformer)
         return cls(
-            PatchAutoencoder.from_pretrained(folder / "vae", dtype=torch.float32).eval(),
-            TextModels.from_pretrained(folder), FaceModels.from_pretrained(folder), transformer, face_adapter,
+            PatchAutoencoder.from_pretrained(folder / "vae", dtype=torch.float32).eval().to(device),
+            TextModels.from_pretrained(folder, device), FaceModels.from_pretrained(folder, device),
+            transformer, face_adapter,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -85,7 +86,8 @@ class Maker:
         first = int((sigmas <= level).nonzero()[0])
         tokens = encode_tokens(self.vae, to_tensor(images))
         noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
-        faces = given.encode(self.adapter, bucket, draw_scales(len(images), rng))
+        noise = noise.to(tokens.device)
+        faces = given.encode(self.adapter, draw_scales(len(images), rng))
         tokens = sample_from(
             self.transformer, self.models, flow.noisy_latents(tokens, noise, float(sigmas[first])),
             self.models.token_ids(captions), bucket, steps, SAMPLING_DEFAULTS["true_cfg_scale"],
@@ -111,25 +113,31 @@ def read_pool(path: Path) -> PicturePool:
     return PicturePool(shard["pixels"], shard["bboxes"], shard["kps"])
 
 
-def made_pool(path: Path, folder: Path, maker: Maker, batch_size: int = 16) -> PicturePool:
-    """A share of a shard's pictures with what the base makes of them, kept in `folder`."""
+def made_pool(
+    path: Path, folder: Path, maker: Maker, batch_size: int = 16, cache: Path | None = None
+) -> PicturePool:
+    """A share of a shard's pictures with what the base makes of them, kept in `folder`; `cache`: where their
+    encoded faces lie, if not there."""
     kept = folder / path.name
     shard, captions = pictures.read_shard(path, "pixels", "bboxes", "kps")
     if not kept.exists():
-        faces = encode_faces(path, folder / "faces", maker.face_models)
+        faces = encode_faces(path, cache or folder / "faces", maker.face_models)
+        bucket = bucket_of_path(path)
         faces["kps"] = torch.from_numpy(shard["kps"])
+        faces["face_mask"] = face_masks(faces["bboxes"], faces["count"], bucket)
+        for name in ("embeddings", "features"):
+            faces[name] = faces[name].to(maker.vae.device)
         rng = np.random.default_rng([*path.stem.encode(), 0xDEC])
         count = max(1, round(MADE_PICTURES * len(captions)))
         rows = np.sort(rng.permutation(len(captions))[:count])
-        bucket = bucket_of_path(path)
         size = max(4, batch_size * 64 // bucket.num_tokens)
         made = []
         for start in range(0, count, size):
             chosen = [int(row) for row in rows[start : start + size]]
             level = float(rng.choice(START_LEVELS))
-            given = GivenFaces.of_rows([faces] * len(chosen), chosen)
+            given = GivenFaces.of_rows(faces, chosen)
             told = [captions[row][int(rng.integers(len(captions[row])))] for row in chosen]
-            made.append(maker.make(bucket, shard["pixels"][chosen], told, given, level, rng).half())
+            made.append(maker.make(bucket, shard["pixels"][chosen], told, given, level, rng).half().cpu())
         folder.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(".partial")
         save_file({"rows": torch.from_numpy(rows), "latents": torch.cat(made)}, partial)
@@ -232,23 +240,26 @@ def train_refiner(
             group["lr"] = learning_rate(step, steps, 2e-3)
         rng, _ = step_rng(seed, step)
         images, made, faces = draw_cut_outs(pools, batch_size, size, rng)
+        images = images.to(vae.device)
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mode()
-            for row, values in made.items():
-                latents[row] = values
-        with cpu_autocast():
+            if made:
+                latents[list(made)] = torch.stack(list(made.values())).to(latents)
+        with autocast(vae.device):
             decoded = vae.decode(latents).sample
         decoded = decoded.float()
         loss = reconstruction_loss(images, decoded, squared=4.0 * step / steps)
         if recognizer is not None and faces:
-            rows = torch.tensor([row for row, _ in faces[:FEATURE_FACES]])
-            kps = torch.from_numpy(np.stack([points for _, points in faces[:FEATURE_FACES]])).float()
+            faces = faces[: max(FEATURE_FACES, 3 * batch_size // 4)]
+            rows = torch.tensor([row for row, _ in faces]).to(vae.device)
+            kps = torch.from_numpy(np.stack([points for _, points in faces])).float()
             loss = loss + FEATURE_WEIGHT * perceptual_loss(recognizer, decoded[rows], images[rows], kps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
         optimizer.step()
-        loop.log(loss=loss.item())
+        if vae.device.type == "cpu" or step % 20 == 0:  # reading it waits for the device
+            loop.log(loss=loss.item())
     vae.to(memory_format=torch.contiguous_format).eval()
 
 
@@ -262,7 +273,7 @@ def psnr_figures(vae: PatchAutoencoder, shards: Sequence[np.ndarray]) -> dict[st
     linear, refined = [], []
     for images in shards:
         for start in range(0, len(images), 25):
-            x = to_tensor(images[start : start + 25])
+            x = to_tensor(images[start : start + 25]).to(vae.device)
             latents = vae.encode(x).latent_dist.mode()
             linear.append(psnr(x, vae.decoder(latents).clamp(-1, 1)))
             refined.append(psnr(x, vae.decode(latents).sample.clamp(-1, 1)))
@@ -276,7 +287,7 @@ def psnr_figures(vae: PatchAutoencoder, shards: Sequence[np.ndarray]) -> dict[st
 @torch.no_grad()
 def identity_figures(vae: PatchAutoencoder, folder: Path, face_pack: Path) -> dict[str, object]:
     """Cosine of the recogniser's embedding before and after the code, for held-out faces by height."""
-    recognizer = Recognizer.from_onnx(face_pack / "recognition.onnx").eval()
+    recognizer = Recognizer.from_onnx(face_pack / "recognition.onnx").eval().to(vae.device)
     cosines: dict[str, list[Tensor]] = {"40 to 60 px": [], "60 px and more": []}
     for path in pictures.shard_paths(folder, "validation"):
         shard, _ = pictures.read_shard(path, "pixels", "bboxes", "kps", "identities")
@@ -284,7 +295,7 @@ def identity_figures(vae: PatchAutoencoder, folder: Path, face_pack: Path) -> di
             people = np.nonzero(shard["identities"][row] >= 0)[0]
             if len(people) == 0:
                 continue
-            x = to_tensor(shard["pixels"][row : row + 1])
+            x = to_tensor(shard["pixels"][row : row + 1]).to(vae.device)
             y = vae(x).sample.clamp(-1, 1)
             kps = torch.from_numpy(shard["kps"][row, people])
             before, after = (
@@ -312,7 +323,8 @@ def made_figures(vae: PatchAutoencoder, pools: Sequence[PicturePool]) -> dict[st
     for pool in pools:
         for start in range(0, len(pool.pixels), 25):
             rows = slice(start, start + 25)
-            values.append(psnr(to_tensor(pool.pixels[rows]), vae.decode(pool.made[rows].float()).sample))
+            decoded = vae.decode(pool.made[rows].float().to(vae.device)).sample
+            values.append(psnr(to_tensor(pool.pixels[rows]), decoded.cpu()))
     return {"pictures": sum(map(len, values)), "psnr_db": round(float(torch.cat(values).mean()), 2)}
 
 
@@ -323,6 +335,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_part_arguments(parser, "decoder", steps=6000)
     parser.add_argument("--pictures", type=Path, default=RUNS / "pictures", help="picture shards")
     parser.add_argument("--shards", type=int, default=27, help="training shards")
+    parser.add_argument("--batch-size", type=int, default=8, help="cut-outs a step")
+    parser.add_argument("--made-batch", type=int, default=16, help="portraits that the base makes at once")
+    parser.add_argument("--cache", type=Path, help="faces that `latent-pictures` encoded")
+    add_device_argument(parser)
     parser.add_argument(
         "--adapter", type=Path, help="adapter that gives the base its faces; default: the pipeline's"
     )
@@ -330,23 +346,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     start_part(args)
-    torch.backends.cuda.enable_flash_sdp(False)  # as the base was trained: faster on a CPU at these sizes
-    maker = Maker.from_pretrained(args.pretrained, args.adapter or args.pretrained / "face_adapter")
+    adapter = args.adapter or args.pretrained / "face_adapter"
+    maker = Maker.from_pretrained(args.pretrained, adapter, args.device)
     train, held_out = (pictures.shard_paths(args.pictures, split) for split in ("train", "validation"))
     train = train[: args.shards]
-    made = {path: made_pool(path, args.out / "made", maker) for path in (*train, *held_out)}
-    vae = widened(maker.vae, BLOCKS)
+    folder, batch = args.out / "made", args.made_batch
+    made = {path: made_pool(path, folder, maker, batch, args.cache) for path in (*train, *held_out)}
+    vae = widened(maker.vae, BLOCKS).to(args.device)
     pools = [*(read_pool(path) for path in train), *(made[path] for path in train)]
     train_refiner(
         vae,
         args.out,
         pools,
         args.steps,
+        args.batch_size,
         seed=args.seed,
         recognizer=maker.face_models.recognizer.requires_grad_(False),
     )
     export(vae, args.pretrained)
     saved = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32).eval()
+    saved.to(args.device)
     images = [pictures.read_shard(path, "pixels")[0]["pixels"][:50] for path in held_out]
     figures: dict[str, object] = {
         **psnr_figures(saved, images),

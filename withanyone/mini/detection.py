@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from withanyone.bench.metrics import box_iou
-from withanyone.precision import cpu_autocast
+from withanyone.precision import autocast
 
 from .faceset import Scene
 from .loop import TrainingLoop, learning_rate, step_rng
@@ -401,7 +401,7 @@ def train_detector(
         targets = make_targets([sample[1:] for sample in samples], size)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.learning_rate)
-        with cpu_autocast():
+        with autocast():
             outputs = detector(to_input(np.stack([sample[0] for sample in samples])))
         losses = detection_loss([output.float() for output in outputs], targets)
         loss = sum(LOSS_WEIGHTS[name] * value for name, value in losses.items())

@@ -8,6 +8,7 @@ what the base does without an adapter. The phases of `train/` go on with this ad
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import SiglipVisionModel
 from withanyone import FaceAdapter, slider_scales
 from withanyone.arcface import Recognizer, align_face
 from withanyone.conditioning import FaceConditioning
+from withanyone.layout import token_mask
 
 from .latents import to_tensor
 from .pictures import Bucket, read_shard
@@ -42,11 +44,11 @@ class FaceModels:
     image_encoder: SiglipVisionModel
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> FaceModels:
+    def from_pretrained(cls, folder: Path, device: torch.device | str = "cpu") -> FaceModels:
         """The pipeline folder's own recogniser and image encoder, in fp32."""
         recognizer = Recognizer.from_onnx(folder / "face_analyzer" / "recognition.onnx").eval()
         encoder = SiglipVisionModel.from_pretrained(folder / "image_encoder", dtype=torch.float32).eval()
-        return cls(recognizer, encoder)
+        return cls(recognizer.requires_grad_(False).to(device), encoder.requires_grad_(False).to(device))
 
 
 def new_adapter(transformer: FluxTransformer2DModel, image_feature_dim: int) -> FaceAdapter:
@@ -84,8 +86,10 @@ def encode_faces(path: Path, cache: Path, models: FaceModels) -> dict[str, Tenso
                 crops.append(face_crop(image, bbox + rng.normal(0, NOISE * height, 4)))
                 moved = torch.from_numpy(kps + rng.normal(0, NOISE * height, kps.shape).astype(np.float32))
                 aligned.append(align_face(to_tensor(image[None]), moved[None]))
-            embeddings.append(models.recognizer(torch.cat(aligned)).half())
-            features.append(models.image_encoder(to_tensor(np.stack(crops))).last_hidden_state.half())
+            device = models.image_encoder.device
+            embeddings.append(models.recognizer(torch.cat(aligned).to(device)).half().cpu())
+            seen = models.image_encoder(to_tensor(np.stack(crops)).to(device)).last_hidden_state
+            features.append(seen.half().cpu())
         found = {"embeddings": torch.cat(embeddings), "features": torch.cat(features)}
         tensors = {}
         for name, values in found.items():
@@ -103,48 +107,42 @@ def encode_faces(path: Path, cache: Path, models: FaceModels) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class GivenFaces:
-    """The people of a batch: arguments of `FaceAdapter.encode`, as they lie in the shards."""
+    """The people of a batch, F the most of a picture: arguments of `FaceAdapter.encode_masked`.
+
+    Embeddings and features lie where the models are, the rest on the CPU.
+    """
 
     embeddings: Tensor  # (B, F, 512)
     features: Tensor  # (B, F, 49, 128)
-    bboxes: list[list[list[float]]]
-    kps: list[Tensor]  # (F of the picture, 5, 2) each: true landmarks
+    face_mask: Tensor  # (B, T, F) bool, of `token_mask`
+    count: list[int]  # of B pictures
+    kps: Tensor  # (B, F, 5, 2): true landmarks, zeros where nobody is
 
     @classmethod
-    def of_rows(cls, shards: list[dict[str, Tensor]], rows: list[int]) -> GivenFaces:
-        """Picture `rows[k]` of `shards[k]` for every k."""
-        count = [int(shard["count"][row]) for shard, row in zip(shards, rows, strict=True)]
-        most = max(1, max(count))
+    def of_rows(cls, shard: Mapping[str, Tensor], rows: Sequence[int]) -> GivenFaces:
+        """Pictures `rows` of a shard's `encode_faces`, `face_masks` and landmarks."""
+        index = torch.as_tensor(rows)
+        count = shard["count"][index].tolist()
+        most = max(1, *count)
+        there = index.to(shard["embeddings"].device)
+        embeddings, features = (shard[name][there][:, :most].float() for name in ("embeddings", "features"))
+        face_mask, kps = shard["face_mask"][index][..., :most], shard["kps"][index][:, :most]
+        return cls(embeddings, features, face_mask, count, kps)
 
-        def stack(name: str) -> Tensor:
-            out = []
-            for shard, row in zip(shards, rows, strict=True):
-                values = shard[name][row][:most].float()
-                missing = values.new_zeros(most - len(values), *values.shape[1:])
-                out.append(torch.cat([values, missing]))
-            return torch.stack(out)
-
-        bboxes = [
-            shard["bboxes"][row][:number].tolist()
-            for shard, row, number in zip(shards, rows, count, strict=True)
-        ]
-        kps = [shard["kps"][row][:number] for shard, row, number in zip(shards, rows, count, strict=True)]
-        return cls(stack("embeddings"), stack("features"), bboxes, kps)
-
-    def encode(
-        self, adapter: FaceAdapter, bucket: Bucket, scales: tuple[Tensor, Tensor] | None = None
-    ) -> FaceConditioning:
+    def encode(self, adapter: FaceAdapter, scales: tuple[Tensor, Tensor] | None = None) -> FaceConditioning:
         """The conditioning at `scales` (id_scale, siglip_scale), (B,) each; None: the pipeline's default."""
         id_scale, siglip_scale = scales or (None, None)
-        return adapter.encode(
-            self.embeddings,
-            self.features,
-            self.bboxes,
-            bucket.height,
-            bucket.width,
-            id_scale=id_scale,
-            siglip_scale=siglip_scale,
-        )
+        return adapter.encode_masked(
+            self.embeddings, self.features, self.face_mask, self.count,
+            id_scale=id_scale, siglip_scale=siglip_scale,
+        )  # fmt: skip
+
+
+def face_masks(bboxes: Tensor, count: Tensor, bucket: Bucket) -> Tensor:
+    """Tokens under each face of a shard's pictures (N, T, P) bool; bboxes (N, P, 4) pixels, count (N,)."""
+    boxes = [rows[:number] for rows, number in zip(bboxes.tolist(), count.tolist(), strict=True)]
+    mask = token_mask(boxes, bucket.height, bucket.width)
+    return F.pad(mask, (0, bboxes.shape[1] - mask.shape[-1]))
 
 
 def draw_scales(batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

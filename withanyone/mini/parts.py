@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from withanyone import FaceAdapter
+from withanyone.precision import avoid_cudnn_attention
 
 from . import PRETRAINED
 
@@ -32,9 +33,31 @@ def add_part_arguments(parser: argparse.ArgumentParser, part: str, steps: int) -
     parser.add_argument("--threads", type=int, default=1)
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device, for the parts that a GPU trains too."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+
+
+def device_name(device: str) -> str:
+    """What figures call a device."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """The argument i/n: every n-th piece of work from the i-th on."""
+    index, _, count = text.partition("/")
+    return int(index), int(count)
+
+
 def start_part(args: argparse.Namespace) -> None:
-    """Sets the number of threads and makes the folder of the run."""
+    """Sets the number of threads and the arithmetic, and makes the folder of the run."""
     torch.set_num_threads(args.threads)
+    if torch.device(getattr(args, "device", "cpu")).type == "cpu":
+        # Plain products in bf16 are faster on a CPU than the fused attention at the miniature's sizes.
+        torch.backends.cuda.enable_flash_sdp(False)
+    else:
+        torch.set_float32_matmul_precision("high")
+        avoid_cudnn_attention()
     args.out.mkdir(parents=True, exist_ok=True)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from withanyone.mini import pictures, world
 from withanyone.mini.loop import TrainingLoop, learning_rate, step_rng
 from withanyone.mini.parts import RUNS, add_part_arguments, start_part, write_figures
-from withanyone.precision import cpu_autocast
+from withanyone.precision import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ def train_reader(
         pixels = soften(_pixels(squares[rows.numpy()]), generator).contiguous(
             memory_format=torch.channels_last
         )
-        with cpu_autocast():
+        with autocast():
             logits = reader(pixels)
         loss = torch.stack(
             [

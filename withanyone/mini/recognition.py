@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from withanyone.precision import cpu_autocast
+from withanyone.precision import autocast
 
 from .faceset import CROP_SIZE, FACE_SIZE, FaceBank, mirrored_traits
 from .loop import TrainingLoop, learning_rate, step_rng
@@ -333,7 +333,7 @@ def train_recognizer(
         rise = min(1.0, step / (settings.warmup_share * settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.learning_rate)
-        with cpu_autocast():
+        with autocast():
             embeddings = model(faces)  # (B, 512)
         directions, target = prototypes(traits, rng)
         cosines = F.linear(F.normalize(embeddings.float()), F.normalize(directions))  # (B, C)

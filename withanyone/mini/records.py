@@ -29,6 +29,7 @@ from PIL import Image
 from ..faces import FaceAnalyzer
 from ..tars import array_bytes, jpeg_bytes, write_tar
 from .faceset import CROP_SIZE, FACE_SIZE, align_crop
+from .parts import part_of
 from .world import RANGES, Picture, contact_sheet, render
 
 logger = logging.getLogger(__name__)
@@ -470,11 +471,6 @@ def _run_cases(args: argparse.Namespace) -> None:
     logger.info("%d cases in %s", len(folders), args.out)
 
 
-def _part(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    return int(index), int(count)
-
-
 def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.description = "Training shards in MultiID-2M's layout; goes on where it stopped."
     parser.add_argument("--out", type=Path, required=True, help="folder for train_rec, train_cp and ref")
@@ -494,7 +490,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         "--face-pack", help="folder of a face pack whose recogniser writes the embeddings (.npy)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--part", type=_part, default=(0, 1), help="i/n: every n-th shard from the i-th on")
+    parser.add_argument("--part", type=part_of, default=(0, 1), help="i/n: every n-th shard from the i-th on")
 
 
 def _run_shards(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from withanyone.faces import crop_face
-from withanyone.precision import cpu_autocast
+from withanyone.precision import autocast
 
 from . import text, words, world
 from .latents import to_tensor
@@ -186,7 +186,7 @@ def train(
         described = [description(row, rng) for row in batch.labels]
         with torch.no_grad():
             texts = text_encoder(text.tokenize(tokenizer, described)).pooler_output
-        with cpu_autocast():
+        with autocast():
             output = encoder(pixels)
             logits, angles, colors = heads(output.last_hidden_state)
             images = heads.to_text(output.pooler_output)
