@@ -500,6 +500,31 @@ def test_image_features_are_not_needed_at_siglip_scale_0(adapter):
     assert set(conditioning.branches) == {"arc"}
 
 
+def test_many_faces_are_grouped_as_few_are():
+    """Beyond 32 faces lines are sorted as lines, not as bits of a number: the same groups, in that order."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand((2, 30, 5), generator=generator) < 0.3
+    few = group_tokens(mask, [5, 5])
+    many = group_tokens(torch.nn.functional.pad(mask, (0, 30)), [5, 5])
+    for name in ("tokens", "padded", "slots", "faces", "seen"):
+        assert torch.equal(getattr(few, name), getattr(many, name)), name
+
+
+def test_boxes_known_as_tokens_give_the_same_conditioning(adapter):
+    embeddings, features = (
+        torch.randn(2, 3, 512),
+        torch.randn(2, 3, tiny.IMAGE_TOKENS, tiny.IMAGE_FEATURE_DIM),
+    )
+    boxes = BATCH
+    by_boxes = adapter.encode(embeddings, features, boxes, *SIZE, id_scale=0.5, siglip_scale=0.5)
+    mask = token_mask(boxes, *SIZE)
+    by_mask = adapter.encode_masked(embeddings, features, mask, [2, 1], id_scale=0.5, siglip_scale=0.5)
+    assert torch.equal(by_boxes.groups.tokens, by_mask.groups.tokens)
+    for name, branch in by_boxes.branches.items():
+        for mine, theirs in zip(branch.keys, by_mask.branches[name].keys, strict=True):
+            assert torch.equal(mine, theirs)
+
+
 def test_another_size_than_encoded_for_is_named(adapter, transformer):
     adapter.attach(transformer)
     conditioning = adapter.encode(*faces_for(ONE), ONE, *SIZE)

@@ -10,7 +10,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from withanyone import WithAnyonePipeline
-from withanyone.mini import PRETRAINED, base, build, pictures, world
+from withanyone.mini import PRETRAINED, base, build, given, pictures, world
 from withanyone.mini.latents import PatchAutoencoder
 from withanyone.mini.loop import TrainingLoop
 from withanyone.mini.pictures import GROUP, PAIR, PORTRAIT, WIDE
@@ -127,6 +127,60 @@ def test_refresh_takes_in_new_shards_once(picture_shards, vae, models, tmp_path)
     assert few.count(PORTRAIT) == 8
     assert few.count(PAIR) == 8
     assert few.count(GROUP) == 0
+
+
+def test_a_run_beside_its_renderers_takes_what_they_encoded(picture_shards, vae, models, tmp_path):
+    """`waits`: a shard counts once its tokens and faces are there, and pools grow without losing rows."""
+    faces = given.FaceModels.from_pretrained(PRETRAINED)
+    first, second = pictures.shard_paths(picture_shards)[:2]
+    base.encode_shard(first, tmp_path, vae, models, mirror=True)
+    data = base.LatentPictures(picture_shards, tmp_path, "train", vae, models, faces, waits=True)
+    assert not data.pools
+    given.encode_faces(first, tmp_path, faces)
+    data.refresh()
+    assert data.count(PORTRAIT) == 8 and data.count(PAIR) == 0
+    base.encode_shard(second, tmp_path, vae, models, mirror=True)
+    given.encode_faces(second, tmp_path, faces)
+    data.refresh()
+    assert data.count(PORTRAIT) == 8 and data.count(PAIR) == 8
+
+
+def test_joined_shards_keep_plain_and_mirrored_rows_apart():
+    def shard(mark: int, rows: int, people: int) -> dict[str, torch.Tensor]:
+        tokens = torch.cat([torch.full((rows, 2), mark), torch.full((rows, 2), -mark)])  # then mirrored
+        return {
+            "tokens": tokens,
+            "plain": torch.arange(rows),
+            "kps": torch.full((rows, people, 5, 2), mark),
+            "face_mask": torch.full((rows, 4, people), True),
+            "count": torch.full((rows,), people),
+        }
+
+    pool = base.joined([base.joined([shard(1, 2, 1), shard(2, 3, 3)]), shard(3, 1, 2)])
+    assert pool["tokens"][:, 0].tolist() == [1, 1, 2, 2, 2, 3, -1, -1, -2, -2, -2, -3]
+    assert len(pool["plain"]) == 6 and pool["count"].tolist() == [1, 1, 3, 3, 3, 2]
+    assert pool["kps"].shape == (6, 3, 5, 2) and pool["face_mask"].shape == (6, 4, 3)
+    assert pool["kps"][0, :, 0, 0].tolist() == [1, 0, 0] and pool["kps"][5, :, 0, 0].tolist() == [3, 3, 0]
+    assert pool["face_mask"][0, 0].tolist() == [True, False, False]
+
+
+def test_a_timed_run_warms_up_stays_falls_and_ends():
+    now = [0.0]
+    rate = base.timed_rate(1.0, 100.0, clock=lambda: now[0])
+    assert rate(0) == pytest.approx(0.01) and rate(200) == 1.0
+    now[0] = 100 * base.FLAT_SHARE
+    assert rate(200) == pytest.approx(1.0)
+    now[0] = 80.0
+    assert rate(200) == pytest.approx(0.2 / (1 - base.FLAT_SHARE))
+    now[0] = 100.0
+    assert rate(200) == -1.0
+
+
+def test_a_timed_run_ends_with_a_checkpoint(data, models, tmp_path):
+    trainer = make_trainer(data, models)
+    loop = trainer.loop(tmp_path, base.OPEN_END, "x")
+    base.run_loop(trainer, loop, lambda step: 1e-3 if step < 2 else -1.0, 0, lambda step: None)
+    assert make_trainer(data, models).loop(tmp_path, base.OPEN_END, "x").step == 2
 
 
 # Agreement with FluxPipeline

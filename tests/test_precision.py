@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from train import trainer
 from train.config import TrainConfig, load_config
 from train.frozen import precision_of
 from withanyone import precision
@@ -41,15 +42,21 @@ def test_the_miniatures_phases_run_on_any_cpu():
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
-def test_muon_in_float32_is_torchs_within_bfloat16(shape):
+@pytest.mark.parametrize("others", [0, 2], ids=["alone", "stacked"])
+def test_our_muon_is_torchs_within_bfloat16(shape, others):
+    """One matrix, by itself and stacked with others of its shape and one of another."""
     generator = torch.Generator().manual_seed(0)
     start, gradients = torch.randn(shape, generator=generator), torch.randn(3, *shape, generator=generator)
+    beside = [torch.randn(shape, generator=generator) for _ in range(others)] + [torch.randn(8, 8)]
     results = []
     for kind in (torch.optim.Muon, precision._StackedMuon):
         parameter = torch.nn.Parameter(start.clone())
-        optimizer = kind([parameter], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        rest = [torch.nn.Parameter(matrix.clone()) for matrix in beside]
+        optimizer = kind([parameter, *rest], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         for gradient in gradients:
             parameter.grad = gradient.clone()
+            for matrix, other in zip(beside, rest, strict=True):
+                other.grad = 100 * matrix
             optimizer.step()
         results.append((parameter.detach() - start, optimizer.state_dict()["state"][0]["momentum_buffer"]))
     (update, momentum), (float_update, float_momentum) = results
@@ -63,3 +70,14 @@ def test_muon_is_torchs_own_where_the_machine_has_bfloat16(has_bfloat16):
     expected = torch.optim.Muon if has_bfloat16 else precision._StackedMuon
     assert type(precision.make_muon([matrix], lr=0.1)) is expected
     assert type(precision.make_muon([{"params": [matrix], "lr": 0.1}])) is expected
+
+
+def test_trainings_leave_cudnns_attention_out(monkeypatch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    precision.avoid_cudnn_attention()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="report_to"):  # which a trainer checks right after it
+        trainer.Trainer(TrainConfig(report_to=["tensorboard"], output_dir="x"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
