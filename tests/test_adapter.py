@@ -593,6 +593,7 @@ def test_folding_is_as_exact_in_half_precision():
         attention = copy.deepcopy(exact).to(dtype)
         keys, values = attention.keys_values(tokens.to(dtype))
         keys, values = attention.fold(keys, values) if fold else (keys, values)
+        keys, values = groups.of_groups(keys), groups.of_groups(values)
         return attention(x.to(dtype), keys, values, groups, fold).double()
 
     exact.load_state_dict({name: weight.bfloat16() for name, weight in exact.state_dict().items()})

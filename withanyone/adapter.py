@@ -90,11 +90,11 @@ class FaceCrossAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, groups: TokenGroups, folded: bool
     ) -> torch.Tensor:
-        """What attention adds to the image tokens x (M, C, D), keys and values per face (P, heads, L, *)."""
+        """What attention adds to the image tokens x (M, C, D); keys and values of each group of them, (G,
+        heads, S * L, *)."""
         attend = self._attend_folded if folded else self._attend
         x = self.norm2(x.to(self.norm2.weight.dtype))
-        mask = groups.mask(keys.shape[-2])
-        return attend(x, groups.of_groups(keys), groups.of_groups(values), mask, groups)
+        return attend(x, keys, values, groups.mask(keys.shape[-2] // groups.faces.shape[1]), groups)
 
     def _attend(self, x, keys, values, mask, groups: TokenGroups) -> torch.Tensor:
         queries = self._heads(groups.split(self.to_q(x)))  # (G, heads, T C, d)
@@ -365,18 +365,21 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         # Only the faces there are: (P, ...).
         rows = [b for b, count in enumerate(num_faces) for _ in range(count)]
         faces = [f for count in num_faces for f in range(count)]
+        groups = group_tokens(face_mask, num_faces).to(self.device)
         branches = {}
         for name, scale in scales.items() if rows else ():
             features = None if name == "arc" else self._to_own(image_features[rows, faces])
             tokens = self.face_tokens(name, self._to_own(embeddings[rows, faces]), features)
-            branches[name] = self._encode_branch(name, tokens, scale[rows])
-        groups = group_tokens(face_mask, num_faces)
-        return FaceConditioning(len(num_faces), face_mask.shape[1], groups, branches).to(self.device)
+            branches[name] = self._encode_branch(name, tokens, scale[rows], groups)
+        return FaceConditioning(len(num_faces), face_mask.shape[1], groups, branches)
 
     forward = encode
 
-    def _encode_branch(self, name: str, tokens: torch.Tensor, scale: torch.Tensor) -> BranchConditioning:
-        """Keys and values of every block for face `tokens` (P, L, D), the values times `scale` (P,)."""
+    def _encode_branch(
+        self, name: str, tokens: torch.Tensor, scale: torch.Tensor, groups: TokenGroups
+    ) -> BranchConditioning:
+        """Keys and values of every block for face `tokens` (P, L, D), the values times `scale` (P,), put
+        together for each of the `groups`: no step and no block has to do it again."""
         folded = self._folds(name, tokens.shape[1])
         keys, values = [], []
         for attention in self.attentions(name):
@@ -385,8 +388,8 @@ class FaceAdapter(ModelMixin, ConfigMixin):
             value = value * scale.to(value)[:, None, None, None]
             if folded:
                 key, value = attention.fold(key, value)
-            keys.append(key)
-            values.append(value)
+            keys.append(groups.of_groups(key))
+            values.append(groups.of_groups(value))
         if torch.is_grad_enabled() and any(
             key.requires_grad or value.requires_grad for key, value in zip(keys, values, strict=True)
         ):

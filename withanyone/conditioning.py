@@ -28,6 +28,10 @@ class TokenGroups:
     faces: torch.Tensor  # (G, S) the faces that a group sees
     seen: torch.Tensor | None  # (G, S) False where `faces` is padding; None: nowhere
 
+    def to(self, *args, **kwargs) -> TokenGroups:
+        """On another device."""
+        return _map_tensors(self, lambda tensor: _move(tensor, *args, **kwargs))
+
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (M, C, D), C pictures a row, into padded groups (G, T * C, D)."""
         return _pick(x, self.padded).flatten(1, 2)
@@ -49,14 +53,15 @@ class TokenGroups:
 
 @dataclass(frozen=True)
 class BranchConditioning:
-    """One branch's keys and values of every block, the branch's scale already in the values.
+    """One branch's keys and values of every block and group of tokens, the branch's scale already in the
+    values.
 
     Folded, they hold `to_q` and `to_out` too and are as wide as the transformer (C = D), else C = head_dim.
     They are indexed by block: one tensor, or under autograd a tuple of each block's own.
     """
 
-    keys: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, P, heads, L, C)
-    values: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, P, heads, L, C)
+    keys: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, G, heads, S * L, C)
+    values: torch.Tensor | tuple[torch.Tensor, ...]  # (blocks, G, heads, S * L, C)
     folded: bool
 
 
