@@ -124,13 +124,8 @@ def _named(name: str, entries: Sequence[Any], what: str) -> Any:
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """The plan of a YAML file, its rows' settings checked. `overrides` (key=value) go to every training.
-
-    `extends: other.yaml` (beside it) comes first; an entry of this file replaces that one's, whole.
-    """
+    """The plan of a YAML file, its rows' settings checked. `overrides` (key=value) go to every training."""
     values = yaml.safe_load(path.read_text())
-    if "extends" in values:
-        values = {**yaml.safe_load((path.parent / values.pop("extends")).read_text()), **values}
     try:
         seeds, headline_seeds = values.pop("seeds"), values.pop("headline_seeds")
         rows = tuple(
