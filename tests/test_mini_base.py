@@ -129,15 +129,17 @@ def test_refresh_takes_in_new_shards_once(picture_shards, vae, models, tmp_path)
     assert few.count(GROUP) == 0
 
 
-def test_a_run_beside_its_renderers_takes_what_they_encoded(picture_shards, vae, models, tmp_path):
+def test_a_run_beside_its_renderers_takes_what_they_encoded(
+    picture_shards, vae, models, tmp_path, monkeypatch
+):
     """`waits`: a shard counts once its tokens and faces are there, and pools grow without losing rows."""
     faces = given.FaceModels.from_pretrained(PRETRAINED)
     first, second = pictures.shard_paths(picture_shards)[:2]
     base.encode_shard(first, tmp_path, vae, models, mirror=True)
     data = base.LatentPictures(picture_shards, tmp_path, "train", vae, models, faces, waits=True)
     assert not data.pools
-    given.encode_faces(first, tmp_path, faces)
-    data.refresh()
+    monkeypatch.setattr(base.time, "sleep", lambda seconds: given.encode_faces(first, tmp_path, faces))
+    data.wait()
     assert data.count(PORTRAIT) == 8 and data.count(PAIR) == 0
     base.encode_shard(second, tmp_path, vae, models, mirror=True)
     given.encode_faces(second, tmp_path, faces)

@@ -272,6 +272,13 @@ class LatentPictures:
             pool = self.pools.get(bucket)
             self.pools[bucket] = joined([*([] if pool is None else [pool]), *shards])
 
+    def wait(self, seconds: float = 2.0) -> None:
+        """Until another process has encoded the first portraits."""
+        while pictures.PORTRAIT not in self.pools:
+            logger.info("%s has no encoded portraits yet: waiting for `latent-pictures`", self.cache)
+            time.sleep(seconds)
+            self.refresh()
+
     def _read(self, path: Path) -> dict[str, Tensor]:
         bucket, mirror = bucket_of_path(path), self.split == "train"
         shard = encode_shard(path, self.cache, self.vae, self.models, mirror)
@@ -983,6 +990,8 @@ def _run(args: argparse.Namespace) -> None:
     face_models = face_models if args.with_faces else None
     cache = args.cache or args.out / "latents"
     data = LatentPictures(args.pictures, cache, "train", vae, models, face_models, args.cache is not None)
+    if args.cache is not None:
+        data.wait()
     held_out = LatentPictures(args.pictures, cache, "validation", vae, models, face_models)
     captions = sheet_captions(args.pictures)
     trainer = Trainer(
