@@ -332,7 +332,7 @@ def made_figures(vae: PatchAutoencoder, pools: Sequence[PicturePool]) -> dict[st
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_part_arguments(parser, "decoder", steps=6000)
+    add_part_arguments(parser, "decoder", steps=5000)
     parser.add_argument("--pictures", type=Path, default=RUNS / "pictures", help="picture shards")
     parser.add_argument("--shards", type=int, default=27, help="training shards")
     parser.add_argument("--batch-size", type=int, default=8, help="cut-outs a step")

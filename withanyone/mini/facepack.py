@@ -56,12 +56,12 @@ PACK = Path(__file__).parent / "pretrained" / "face_analyzer"
 JUDGE = Path(__file__).parent / "judges" / "recognition.onnx"
 FIGURES = Path(__file__).parent / "pretrained" / "figures" / "faces.json"
 
-PACK_SETTINGS = {"pack": "withanyone-mini", "det_size": [[256, 256]], "det_thresh": 0.6, "crop_size": 112,
+PACK_SETTINGS = {"pack": "withanyone-mini", "det_size": [[256, 256]], "det_thresh": 0.75, "crop_size": 112,
                  "enlarge": True}  # fmt: skip
 
 RECOGNIZER = RecognizerSettings(steps=2000, loss="cosface", scale=32.0, margin=0.35, seed=0)
-JUDGE_TRAINING = RecognizerSettings(steps=600, loss="arcface", scale=24.0, margin=0.3, seed=1)
-DETECTOR = DetectorSettings(steps=1500)
+JUDGE_TRAINING = RecognizerSettings(steps=3000, loss="arcface", scale=24.0, margin=0.3, seed=1)
+DETECTOR = DetectorSettings(steps=6000)
 
 VALIDATION_IDENTITIES, VALIDATION_ROUNDS = 200, 6
 OTHER_PEOPLE = 8000  # whom the training people are told apart from
@@ -121,7 +121,7 @@ class TrainingPictures:
 
 RECOGNIZER_PICTURES = TrainingPictures("train", 1500, rounds=2, shards=9, last_shard=16, steps_a_shard=160)
 DETECTOR_PICTURES = TrainingPictures("train", 1500, rounds=2, shards=8)
-JUDGE_PICTURES = TrainingPictures("judge", 1500, rounds=3, shards=0)
+JUDGE_PICTURES = TrainingPictures("judge", 1500, rounds=8, shards=0)
 
 
 def _add_arguments(
@@ -190,7 +190,7 @@ def run_detector(args: argparse.Namespace) -> None:
     torch.manual_seed(DETECTOR.seed)
     settings = replace(DETECTOR, steps=args.steps)
     detector = train_detector(FaceDetector(), scenes, validation, args.runs / args.name, settings)
-    for threshold in (0.3, 0.4, 0.5, 0.6):
+    for threshold in (0.5, 0.6, 0.75, 0.9):
         figures = evaluate(detector, validation, 256, threshold)
         logger.info("validation, threshold %.1f: %s", threshold, figures)
     logger.info("written: %s", export_detector(detector, PACK / "detection.onnx"))
