@@ -51,7 +51,7 @@ def random_weights(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Mod
 def build(
     device: str, dtype: torch.dtype, config: dict, **adapter: int
 ) -> tuple[FluxTransformer2DModel, FaceAdapter]:
-    """A random transformer, and a random adapter attached to it."""
+    """A random transformer, and a random adapter that fits it."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**config)
         faces = FaceAdapter(**adapter)

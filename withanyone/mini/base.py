@@ -975,19 +975,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
 
 
-def _load(args: argparse.Namespace, device: str) -> tuple[TextModels, PatchAutoencoder, FaceModels]:
+def _load(folder: Path, device: str) -> tuple[TextModels, PatchAutoencoder]:
     """The frozen parts that the base learns with."""
-    models = TextModels.from_pretrained(args.pretrained, device)
-    vae = PatchAutoencoder.from_pretrained(args.pretrained / "vae", dtype=torch.float32)
+    models = TextModels.from_pretrained(folder, device)
+    vae = PatchAutoencoder.from_pretrained(folder / "vae", dtype=torch.float32)
     vae.eval().requires_grad_(False).to(device)
-    return models, vae, FaceModels.from_pretrained(args.pretrained, device)
+    return models, vae
 
 
 def _run(args: argparse.Namespace) -> None:
     start_part(args)
     join_processes()
-    models, vae, face_models = _load(args, args.device)
-    face_models = face_models if args.with_faces else None
+    models, vae = _load(args.pretrained, args.device)
+    face_models = FaceModels.from_pretrained(args.pretrained, args.device) if args.with_faces else None
     cache = args.cache or args.out / "latents"
     data = LatentPictures(args.pictures, cache, "train", vae, models, face_models, args.cache is not None)
     if args.cache is not None:
@@ -1034,9 +1034,13 @@ def _run(args: argparse.Namespace) -> None:
         begun = timed.step
         rate = timed_rate(peak, 60 * args.minutes)
         run_loop(trainer, timed, rate, args.init_steps, watch(args.init_steps))
+        if rank():
+            return
         write()
         told = {"steps": args.init_steps + timed.step, "steps_of_this_run": timed.step - begun,
-                "pictures": {f"{b.width} x {b.height}": data.count(b) for b in SHARES},
+                "pictures_without_mirrored": {
+                    f"{b.width} x {b.height}": len(pool["plain"]) for b, pool in data.pools.items()
+                },
                 "device": device_name(args.device)}  # fmt: skip
         write_figures(args.pretrained, "base", {**errors(HELD_OUT_PICTURES), **told})
         return
@@ -1091,7 +1095,8 @@ def _add_latent_pictures(parser: argparse.ArgumentParser) -> None:
 def _run_latent_pictures(args: argparse.Namespace) -> None:
     start_part(args)
     cv2.setNumThreads(1)  # of several processes, each has a core
-    models, vae, face_models = _load(args, "cpu")
+    models, vae = _load(args.pretrained, "cpu")
+    face_models = FaceModels.from_pretrained(args.pretrained)
     size = pictures.SHARD_SIZE if args.split == "train" else pictures.VALIDATION_SHARD_SIZE
     index, count = args.part
     for number in range(args.shards)[index::count]:
