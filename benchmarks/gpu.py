@@ -19,11 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
+from benchmarks.adapter import BBOXES, SCALE, SIZE
 from withanyone.adapter import CONDITIONING_KEY, FaceAdapter
 from withanyone.conditioning import FaceConditioning
+from withanyone.layout import scale_bboxes
 from withanyone.mini.base import Optimizers
 from withanyone.precision import avoid_cudnn_attention
 
@@ -66,30 +68,28 @@ def inputs_of(
     """A call's inputs for square pictures of `size` px, and the faces of two people; from a seed."""
     generator = torch.Generator().manual_seed(0)
     config, side = transformer.config, size // 16
-    ids = torch.zeros(side, side, 3)
-    ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+    device, dtype = transformer.device, transformer.dtype
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(transformer.device, transformer.dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     inputs = {
         "hidden_states": normal(batch_size, side * side, config.in_channels),
         "encoder_hidden_states": normal(batch_size, text, config.joint_attention_dim),
         "pooled_projections": normal(batch_size, config.pooled_projection_dim),
-        "timestep": torch.full((batch_size,), 0.7, device=transformer.device, dtype=transformer.dtype),
-        "img_ids": ids.flatten(0, 1).to(transformer.device, transformer.dtype),
-        "txt_ids": torch.zeros(text, 3, device=transformer.device, dtype=transformer.dtype),
+        "timestep": torch.full((batch_size,), 0.7, device=device, dtype=dtype),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, side, side, device, dtype),
+        "txt_ids": torch.zeros(text, 3, device=device, dtype=dtype),
         "return_dict": False,
     }
     if config.guidance_embeds:
         inputs["guidance"] = torch.full_like(inputs["timestep"], 3.5)
-    unit = size / 512
-    bboxes = [[[v * unit for v in box] for box in ((40, 60, 200, 240), (280, 60, 450, 240))]] * batch_size
+    bboxes = [scale_bboxes(BBOXES[0], (SIZE, SIZE), (size, size))] * batch_size
     return inputs, (normal(batch_size, 2, 512), normal(batch_size, 2, 256, 768), bboxes, size, size)
 
 
 def encode(adapter: FaceAdapter, faces: tuple) -> FaceConditioning:
-    return adapter.encode(*faces, id_scale=0.5, siglip_scale=0.5)
+    return adapter.encode(*faces, id_scale=SCALE, siglip_scale=SCALE)
 
 
 def call(transformer: FluxTransformer2DModel, inputs: dict, faces: FaceConditioning | None) -> torch.Tensor:

@@ -41,9 +41,7 @@ def disturbed(pool: PicturePool, strength: float) -> PicturePool:
 
 def test_the_base_keeps_more_of_a_picture_the_less_noise_it_had(maker, portraits, tmp_path):
     shard, captions = pictures.read_shard(portraits, "pixels", "kps")
-    faces = decoder.encode_faces(portraits, tmp_path, maker.face_models)
-    faces["kps"] = torch.from_numpy(shard["kps"])
-    faces["face_mask"] = decoder.face_masks(faces["bboxes"], faces["count"], pictures.PORTRAIT)
+    faces = decoder.faces_of_shard(portraits, tmp_path, maker.face_models, shard["kps"], pictures.PORTRAIT)
     given = decoder.GivenFaces.of_rows(faces, range(4))
     with torch.no_grad():
         clean = maker.vae.encode(to_tensor(shard["pixels"][:4])).latent_dist.mode()

@@ -332,9 +332,8 @@ class FaceAdapter(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a shape, box or scale that does not fit; the message names it.
         """
-        num_faces = [len(boxes) for boxes in bboxes]
-        self._check_faces(embeddings, image_features, num_faces)
         face_mask = token_mask(bboxes, height, width, self.config.pixels_per_token)  # (B, N, F)
+        num_faces = [len(boxes) for boxes in bboxes]
         return self.encode_masked(
             embeddings, image_features, face_mask, num_faces, id_scale=id_scale, siglip_scale=siglip_scale
         )

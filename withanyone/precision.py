@@ -45,14 +45,18 @@ def orthogonalized(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if update.shape[-2] > update.shape[-1] else x
 
 
+def muon_matrices(matrices: torch.Tensor) -> torch.Tensor:
+    """`orthogonalized` at an AdamW step's size (0.2 √max(m, n), arXiv:2502.16982). matrices (..., m, n)."""
+    return orthogonalized(matrices) * (0.2 * max(matrices.shape[-2:]) ** 0.5)
+
+
 def muon_update(gradient: torch.Tensor, buffer: torch.Tensor, momentum: float) -> torch.Tensor:
-    """What Muon subtracts at learning rate 1, of an AdamW step's size (0.2 √max(m, n), arXiv:2502.16982).
+    """What Muon subtracts at learning rate 1.
 
     Nesterov's momentum; `buffer` is moved on. A convolution counts as (outputs, inputs * height * width).
     """
     buffer.lerp_(gradient, 1 - momentum)
-    matrix = gradient.lerp(buffer, momentum).flatten(1)
-    return orthogonalized(matrix).reshape(gradient.shape) * (0.2 * max(matrix.shape) ** 0.5)
+    return muon_matrices(gradient.lerp(buffer, momentum).flatten(1)).reshape(gradient.shape)
 
 
 class _StackedMuon(torch.optim.Muon):
@@ -72,29 +76,18 @@ class _StackedMuon(torch.optim.Muon):
             alike: dict[tuple, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    plain = type(parameter) is torch.nn.Parameter  # else sharded, and by itself
-                    kind = (parameter.shape, parameter.device, parameter.dtype, plain or id(parameter))
+                    kind = (parameter.shape, parameter.device, parameter.dtype)
                     alike.setdefault(kind, []).append(parameter)
-            for (shape, device, *_), parameters in alike.items():
-                for parameter in parameters:
                     if "momentum_buffer" not in self.state[parameter]:
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                if len(parameters) == 1:
-                    parameter = parameters[0]
-                    buffer = self.state[parameter]["momentum_buffer"]
-                    update = muon_update(parameter.grad, buffer, group["momentum"])
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"])
-                    continue
+            for (_, device, dtype), parameters in alike.items():
                 buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
                 gradients = [parameter.grad for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-                dtype = torch.bfloat16 if device.type == "cuda" else updates.dtype
-                updates = orthogonalized(updates.to(dtype)).to(updates.dtype)
+                updates = muon_matrices(updates.to(torch.bfloat16 if device.type == "cuda" else dtype))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * max(shape) ** 0.5  # an AdamW step's, as in `muon_update`
-                torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * size)
+                torch._foreach_add_(parameters, list(updates.to(dtype).unbind()), alpha=-group["lr"])
         return loss
 
 

@@ -48,7 +48,7 @@ from .given import (
     GivenFaces,
     draw_scales,
     encode_faces,
-    face_masks,
+    faces_of_shard,
     new_adapter,
     perceptual_loss,
 )
@@ -240,8 +240,8 @@ class Drawn(NamedTuple):
 class LatentPictures:
     """All pictures as tokens, by bucket; `refresh` takes in shards that were rendered since.
 
-    What is large lies on `device`, so a GPU draws its batches from its own memory. With `waits` only shards
-    are taken that another process has encoded (`python -m withanyone.mini latent-pictures`).
+    What is large lies where the models are, so a GPU draws its batches from its own memory. With `waits` only
+    shards are taken that another process has encoded (`python -m withanyone.mini latent-pictures`).
     """
 
     def __init__(
@@ -287,11 +287,10 @@ class LatentPictures:
         shard["face_share"] = torch.cat([face_share(known["bboxes"], bucket, side) for side in sides])
         shard["plain"] = torch.arange(len(known["bboxes"]))  # rows that are not mirrored
         if self.face_models is not None:
-            shard |= encode_faces(path, self.cache, self.face_models)
-            shard["kps"] = torch.from_numpy(known["kps"])[:, : shard["bboxes"].shape[1]]
-            shard["face_mask"] = face_masks(shard["bboxes"], shard["count"], bucket)
-        device = self.vae.device
-        return {name: value.to(device) if name in LARGE else value for name, value in shard.items()}
+            shard |= faces_of_shard(path, self.cache, self.face_models, known["kps"], bucket)
+        for name in ("tokens", "face_share"):
+            shard[name] = shard[name].to(self.vae.device)
+        return shard
 
     def count(self, bucket: Bucket) -> int:
         """Number of pictures of a bucket."""
@@ -308,10 +307,6 @@ class LatentPictures:
         tokens, shares = (pool[name][there].float() for name in ("tokens", "face_share"))
         ids = pool["token_ids"][rows, which].long()
         return Drawn(tokens, ids, shares, GivenFaces.of_rows(pool, rows) if with_faces else None)
-
-
-#: What of a shard a batch is drawn from by the device itself.
-LARGE = ("tokens", "face_share", "embeddings", "features")
 
 
 def is_encoded(path: Path, cache: Path) -> bool:
@@ -726,6 +721,7 @@ def held_out_errors(
         ("groups", pictures.GROUP),
     ):
         if bucket not in data.pools:
+            logger.warning("no held-out pictures of %s: no errors of them", name)
             continue
         size = max(8, count * 64 // bucket.num_tokens)
         drawn = data.draw(bucket, size, np.random.default_rng(0), adapter is not None)

@@ -30,7 +30,7 @@ from withanyone.precision import autocast
 from . import pictures
 from .base import TextModels, bucket_of_path, encode_tokens, latents_of, sample_from, sampler_of
 from .build import SAMPLING_DEFAULTS
-from .given import FaceModels, GivenFaces, draw_scales, encode_faces, face_masks, perceptual_loss
+from .given import FaceModels, GivenFaces, draw_scales, faces_of_shard, perceptual_loss
 from .latents import CONFIG_NAMES, PatchAutoencoder, export, psnr, to_tensor
 from .loop import TrainingLoop, learning_rate, step_rng
 from .muon import MuonAdamW, hidden_matrices
@@ -121,12 +121,8 @@ def made_pool(
     kept = folder / path.name
     shard, captions = pictures.read_shard(path, "pixels", "bboxes", "kps")
     if not kept.exists():
-        faces = encode_faces(path, cache or folder / "faces", maker.face_models)
         bucket = bucket_of_path(path)
-        faces["kps"] = torch.from_numpy(shard["kps"])
-        faces["face_mask"] = face_masks(faces["bboxes"], faces["count"], bucket)
-        for name in ("embeddings", "features"):
-            faces[name] = faces[name].to(maker.vae.device)
+        faces = faces_of_shard(path, cache or folder / "faces", maker.face_models, shard["kps"], bucket)
         rng = np.random.default_rng([*path.stem.encode(), 0xDEC])
         count = max(1, round(MADE_PICTURES * len(captions)))
         rows = np.sort(rng.permutation(len(captions))[:count])

@@ -120,7 +120,7 @@ class GivenFaces:
 
     @classmethod
     def of_rows(cls, shard: Mapping[str, Tensor], rows: Sequence[int]) -> GivenFaces:
-        """Pictures `rows` of a shard's `encode_faces`, `face_masks` and landmarks."""
+        """Pictures `rows` of a shard's `faces_of_shard`."""
         index = torch.as_tensor(rows)
         count = shard["count"][index].tolist()
         most = max(1, *count)
@@ -138,11 +138,25 @@ class GivenFaces:
         )  # fmt: skip
 
 
-def face_masks(bboxes: Tensor, count: Tensor, bucket: Bucket) -> Tensor:
-    """Tokens under each face of a shard's pictures (N, T, P) bool; bboxes (N, P, 4) pixels, count (N,)."""
-    boxes = [rows[:number] for rows, number in zip(bboxes.tolist(), count.tolist(), strict=True)]
+def faces_of_shard(
+    path: Path, cache: Path, models: FaceModels, kps: np.ndarray, bucket: Bucket
+) -> dict[str, Tensor]:
+    """What `GivenFaces.of_rows` takes of a picture shard: `encode_faces`, landmarks `kps` (N, P, 5, 2) and
+    `face_mask` (N, T, P) bool, the tokens under each face; what is large lies where the models are."""
+    faces = encode_faces(path, cache, models)
+    most = faces["bboxes"].shape[1]
+    boxes = [
+        rows[:number] for rows, number in zip(faces["bboxes"].tolist(), faces["count"].tolist(), strict=True)
+    ]
     mask = token_mask(boxes, bucket.height, bucket.width)
-    return F.pad(mask, (0, bboxes.shape[1] - mask.shape[-1]))
+    device = models.image_encoder.device
+    return {
+        **faces,
+        "embeddings": faces["embeddings"].to(device),
+        "features": faces["features"].to(device),
+        "kps": torch.from_numpy(kps)[:, :most],
+        "face_mask": F.pad(mask, (0, most - mask.shape[-1])),
+    }
 
 
 def draw_scales(batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
