@@ -23,6 +23,7 @@ class FakePipeline:
 
     @classmethod
     def from_pretrained(cls, model: str, dtype) -> FakePipeline:
+        cls.dtype = dtype
         if model == "nothing":
             raise OSError("no such model")
         return cls()
@@ -60,6 +61,22 @@ def fresh() -> None:
 @pytest.fixture
 def cases(tmp_path: Path):
     return read_cases(bench_world.write_cases(tmp_path / "cases"))
+
+
+@pytest.mark.parametrize("computes", [True, False], ids=["with-bfloat16", "without"])
+def test_auto_is_the_dtype_that_the_device_computes_in_and_the_folder_says_which(
+    cases, tmp_path: Path, monkeypatch, computes: bool
+) -> None:
+    monkeypatch.setattr("withanyone.precision.computes_bfloat16", lambda device: computes)
+    folder = str(bench_world.write_cases(tmp_path / "given"))
+    words = ["--quiet", "generate", "--cases", folder, "--model", "m", "--pipeline", FAKE, "--device", "cpu"]
+    for asked, meant in (("auto", "bfloat16" if computes else "float32"), ("bfloat16", "bfloat16")):
+        out = tmp_path / asked
+        assert main([*words, "--out", str(out), "--dtype", asked]) == 0
+        assert str(FakePipeline.dtype) == f"torch.{meant}"
+        assert json.loads((out / "generate.json").read_text())["dtype"] == meant
+    with pytest.raises(SystemExit):
+        main([*words, "--out", str(tmp_path / "no"), "--dtype", "half"])
 
 
 def test_every_case_gets_a_picture_and_no_case_another_ones_noise(cases, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 RUNS = Path("runs/bench")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 WORSE, CANNOT = 1, 2  # exit codes: a metric got worse; something given was wrong
 
 
@@ -47,7 +48,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", action="store_true", help="5 x 5 positions of the two sliders")
     parser.add_argument("--max-side", type=int, default=1024, help="pixels (default: %(default)s)")
     parser.add_argument("--pipeline", help="module:Class with from_pretrained (default: this package's)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on cuda)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="auto: bfloat16 where the device computes in it (default: bfloat16 on cuda, else float32)",
+    )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument(
         "--candidates", type=int, help="of each picture, the likest faces go on (default: the model's)"
@@ -56,7 +61,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     from .cases import read_cases
-    from .generate import PIPELINE, SWEEP_DIVERSITY, SWEEP_SIMILARITY, Plan, generate, positions
+    from .generate import (
+        PIPELINE,
+        SWEEP_DIVERSITY,
+        SWEEP_SIMILARITY,
+        Plan,
+        generate,
+        positions,
+        resolved_dtype,
+    )
 
     if args.sweep and (args.similarity or args.diversity):
         raise ValueError("`sweep` has its own positions: leave out similarity and diversity, or the sweep.")
@@ -75,7 +88,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.max_side,
         args.pipeline or PIPELINE,
         args.device,
-        args.dtype,
+        resolved_dtype(args.dtype, args.device),
         {name: value for name, value in given.items() if value is not None},
     )
     failures = generate(plan, workers=args.workers, limit=args.limit)

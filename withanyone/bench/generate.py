@@ -187,6 +187,21 @@ def in_a_grid(images: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
+def _device(name: str | None):
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def resolved_dtype(name: str | None, device: str | None = None) -> str | None:
+    """`auto` as the dtype it means on `device`, so that generate.json says which; any other name as it is."""
+    if name != "auto":
+        return name
+    from ..precision import computes_bfloat16
+
+    return "bfloat16" if computes_bfloat16(_device(device)) else "float32"
+
+
 def load_pipeline(plan: Plan):
     """`plan.pipeline`'s class, from_pretrained(plan.model), on its device, without a progress bar of its own.
 
@@ -203,7 +218,7 @@ def load_pipeline(plan: Plan):
         raise ValueError(
             f"`pipeline` is {plan.pipeline!r} ({error}): give module:Class of a class with from_pretrained."
         ) from error
-    device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(plan.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     dtype = plan.dtype or ("bfloat16" if device.type == "cuda" else "float32")
