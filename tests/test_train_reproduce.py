@@ -53,16 +53,17 @@ def test_the_plan_has_the_rows_of_the_claim():
     assert rows["most_similar"].settings["reference_rule"] == "released"
     assert [len(row.seeds) for row in plan.rows] == [3 if r.headline else 1 for r in plan.rows]
     assert {r.name for r in plan.rows if r.headline} == {"control", "full"}
+    # one candidate: what weights do, no choice by likeness
     samplings = {sampling.name: sampling.words for sampling in plan.samplings}
-    assert samplings == {"one_candidate": ("--candidates", "1")}  # what weights do, no choice by likeness
+    assert samplings == {"one_candidate": ("--candidates", "1", "--dtype", "auto")}
     assert "--count 400" in plan.test["make"] and "--split validation" in plan.validation["make"]
     shared = read_yaml(PHASES / plan.config)
     assert shared["paired_ratio"] == 0.8  # every row but the control is paired
     first = read_yaml("reproduce_2.yaml")  # and all go on from reconstruction, in the same shards
     assert first["paired_ratio"] == 0 and f"{first['output_dir']}/adapter" == plan.start
     assert first["shards"] == shared["shards"] and f"--out {shared['shards']} " in plan.before["shards"]
-    for name in ("id_loss_weight", "contrastive_loss_weight"):  # the paper's
-        assert shared[name] == TrainConfig.__dataclass_fields__[name].default
+    for name in ("id_loss_weight", "contrastive_loss_weight"):  # a fifth of the paper's, both
+        assert first[name] == shared[name] == TrainConfig.__dataclass_fields__[name].default / 5
 
 
 def test_headline_rows_come_first_and_a_part_can_be_asked_for(tmp_path):
