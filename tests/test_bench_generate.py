@@ -67,7 +67,7 @@ def cases(tmp_path: Path):
 def test_auto_is_the_dtype_that_the_device_computes_in_and_the_folder_says_which(
     cases, tmp_path: Path, monkeypatch, computes: bool
 ) -> None:
-    monkeypatch.setattr("withanyone.precision.computes_bfloat16", lambda device: computes)
+    monkeypatch.setattr("withanyone.precision.computes_bfloat16", lambda device="cpu": computes)
     folder = str(bench_world.write_cases(tmp_path / "given"))
     words = ["--quiet", "generate", "--cases", folder, "--model", "m", "--pipeline", FAKE, "--device", "cpu"]
     for asked, meant in (("auto", "bfloat16" if computes else "float32"), ("bfloat16", "bfloat16")):

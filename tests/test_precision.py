@@ -27,6 +27,12 @@ def test_autocast_of_the_miniature_follows_the_cpu(has_bfloat16):
         assert (a @ a).dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
+def test_the_dtype_of_weights_is_the_one_asked_for_or_the_devices(has_bfloat16):
+    names = {asked: precision.dtype_name(asked, "cpu") for asked in (None, "auto", "float16")}
+    assert names == {None: "float32", "auto": "bfloat16" if has_bfloat16 else "float32", "float16": "float16"}
+    assert precision.dtype_name(None, "cuda") == precision.dtype_name("auto", "cuda") == "bfloat16"
+
+
 def test_auto_follows_the_machine_and_what_is_asked_for_is_kept(has_bfloat16):
     auto = TrainConfig(mixed_precision="auto", frozen_dtype="auto", cpu=True)
     expected = ("bf16", torch.bfloat16) if has_bfloat16 else ("no", torch.float32)

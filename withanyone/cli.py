@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .pipeline import WithAnyonePipeline, WithAnyonePipelineOutput
 
 LARGEST_SEED = 2**63 - 1
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
 
 
@@ -143,7 +143,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, device: bool = True) ->
     )
     if device:
         parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-        parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+        parser.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="auto: bfloat16 where the device computes in it (default: bfloat16 on cuda, else float32)",
+        )
 
 
 def bbox(text: str) -> tuple[float, ...]:
@@ -335,13 +339,14 @@ def load_pipeline(
     import torch
 
     from . import FaceAdapter, FaceAnalyzer, WithAnyonePipeline
+    from .precision import dtype_name
 
     place = pick_device(device)
     if offload != "none" and place.type == "cpu":
         raise ValueError(
             f"`offload` is {offload!r}, but on the cpu all parts are in main memory: leave it out."
         )
-    weights = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    weights = getattr(torch, dtype_name(dtype, place))
     parts: dict[str, Any] = {}
     if adapter:
         single = Path(adapter).is_file() or adapter.endswith(".safetensors")

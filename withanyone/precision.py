@@ -18,6 +18,16 @@ def computes_bfloat16(device: torch.device | str = "cpu") -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def dtype_name(asked: str | None, device: torch.device | str = "cpu") -> str:
+    """The dtype that weights shall have on `device`: the one asked for, by name.
+
+    None: bfloat16 on CUDA, else float32. "auto": bfloat16 wherever products in it are worth it.
+    """
+    if asked == "auto":
+        return "bfloat16" if computes_bfloat16(device) else "float32"
+    return asked or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
+
+
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     """Autocast to bfloat16 on a GPU or a CPU that has it, else plain float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))

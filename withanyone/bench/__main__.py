@@ -61,15 +61,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     from .cases import read_cases
-    from .generate import (
-        PIPELINE,
-        SWEEP_DIVERSITY,
-        SWEEP_SIMILARITY,
-        Plan,
-        generate,
-        positions,
-        resolved_dtype,
-    )
+    from .generate import PIPELINE, SWEEP_DIVERSITY, SWEEP_SIMILARITY, Plan, generate, positions
 
     if args.sweep and (args.similarity or args.diversity):
         raise ValueError("`sweep` has its own positions: leave out similarity and diversity, or the sweep.")
@@ -88,7 +80,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.max_side,
         args.pipeline or PIPELINE,
         args.device,
-        resolved_dtype(args.dtype, args.device),
+        args.dtype,
         {name: value for name, value in given.items() if value is not None},
     )
     failures = generate(plan, workers=args.workers, limit=args.limit)

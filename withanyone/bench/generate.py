@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from ..pipeline import slider_scales
+from ..precision import dtype_name
 from ..settings import save_picture
 from .cases import SEED_MARK, Case, CaseError, Cases
 
@@ -85,10 +86,11 @@ class Plan:
 
     def settings(self, position: Position) -> dict[str, Any]:
         model = Path(self.model).name if Path(self.model).is_dir() else self.model
+        dtype = dtype_name("auto", _device(self.device)) if self.dtype == "auto" else self.dtype
         return {
             "model": model, "pipeline": self.pipeline, "cases": self.cases.bench, "seeds": list(self.seeds),
             "similarity": position.similarity, "diversity": position.diversity,
-            "max_side": self.max_side, "dtype": self.dtype, **self.arguments,
+            "max_side": self.max_side, "dtype": dtype, **self.arguments,
         }  # fmt: skip
 
     def path(self, position: Position, name: str, seed: int) -> Path:
@@ -193,15 +195,6 @@ def _device(name: str | None):
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def resolved_dtype(name: str | None, device: str | None = None) -> str | None:
-    """`auto` as the dtype it means on `device`, so that generate.json says which; any other name as it is."""
-    if name != "auto":
-        return name
-    from ..precision import computes_bfloat16
-
-    return "bfloat16" if computes_bfloat16(_device(device)) else "float32"
-
-
 def load_pipeline(plan: Plan):
     """`plan.pipeline`'s class, from_pretrained(plan.model), on its device, without a progress bar of its own.
 
@@ -221,8 +214,7 @@ def load_pipeline(plan: Plan):
     device = _device(plan.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    dtype = plan.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    pipe = load(plan.model, dtype=getattr(torch, dtype)).to(device)
+    pipe = load(plan.model, dtype=getattr(torch, dtype_name(plan.dtype, device))).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
