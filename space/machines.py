@@ -102,7 +102,8 @@ class Settings:
 def load(settings: Settings) -> tuple[WithAnyonePipeline, bool]:
     """The pipeline, placed; and whether previews are cheap on it.
 
-    The miniature, and any model on a machine without CUDA, is loaded as it is.
+    The miniature, and any model on a machine without CUDA, is loaded as it is; on a CPU that computes in
+    bfloat16, in bfloat16.
     """
     import torch
 
@@ -112,7 +113,9 @@ def load(settings: Settings) -> tuple[WithAnyonePipeline, bool]:
         "image_encoder": settings.image_encoder,
     }
     if settings.zero_gpu or not torch.cuda.is_available() or settings.model == str(PRETRAINED):
-        return load_pipeline(settings.model, device="cuda" if settings.zero_gpu else None, **parts), True
+        device = "cuda" if settings.zero_gpu else None
+        dtype = "auto" if pick_device(device).type == "cpu" else None
+        return load_pipeline(settings.model, device=device, dtype=dtype, **parts), True
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     machine = machine_for(settings.memory, total)
     pipe = load_pipeline(settings.model, device="cpu", dtype="bfloat16", **parts)

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from space import safety, studio
 from space.desk import Desk
 from space.guard import Guard, visitor_address
-from space.machines import MACHINES, Machine, Settings, machine_for, place
+from space.machines import MACHINES, Machine, Settings, load, machine_for, place
 from space.studio import Cancelled, Failed, Line, Made, Order, Studio, Waiting, Withheld, Working
 from space.visits import Limits, Permit, Rate, Visits
 from tests import tiny_faces
@@ -366,6 +366,17 @@ def test_the_environment_chooses_model_and_machine() -> None:
     }
     with pytest.raises(ValueError, match="WITHANYONE_MEMORY"):
         machine_for("17", None)
+
+
+@pytest.mark.parametrize("computes", [True, False], ids=["with-bfloat16", "without"])
+def test_a_cpu_that_computes_in_bfloat16_does_so(monkeypatch, computes: bool) -> None:
+    monkeypatch.setattr("withanyone.precision.computes_bfloat16", lambda device: computes)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    pipe, previews = load(Settings())
+    assert previews
+    for part in (pipe.transformer, pipe.face_adapter, pipe.vae, pipe.image_encoder, pipe.text_encoder_2):
+        assert part.dtype == (torch.bfloat16 if computes else torch.float32)
 
 
 def test_each_machines_weights_fit_its_memory() -> None:
