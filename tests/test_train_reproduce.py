@@ -52,7 +52,7 @@ def test_the_plan_has_the_rows_of_the_claim():
     assert rows["estimate"].settings["id_landmarks"] == "estimate"
     assert rows["most_similar"].settings["reference_rule"] == "released"
     assert [len(row.seeds) for row in plan.rows] == [3 if r.headline else 1 for r in plan.rows]
-    assert {r.name for r in plan.rows if r.headline} == {"control", "full"}
+    assert {r.name for r in plan.rows if r.headline} == {"control", "paired", "full"}
     # one candidate: what weights do, no choice by likeness
     samplings = {sampling.name: sampling.words for sampling in plan.samplings}
     assert samplings == {"one_candidate": ("--candidates", "1", "--dtype", "auto")}
@@ -69,8 +69,9 @@ def test_the_plan_has_the_rows_of_the_claim():
 def test_headline_rows_come_first_and_a_part_can_be_asked_for(tmp_path):
     plan = read_plan(_plan(tmp_path))
     runs = [(row.name, seed) for row, seed in plan.runs()]
-    assert runs[:2] == [("control", 0), ("full", 0)] and len(runs) == len(set(runs)) == 12
-    assert [(row.name, seed) for row, seed in plan.runs(["paired"])] == [("paired", 0)]
+    assert set(runs[:3]) == {("control", 0), ("paired", 0), ("full", 0)}
+    assert len(runs) == len(set(runs)) == 14
+    assert [(row.name, seed) for row, seed in plan.runs(["in_batch"])] == [("in_batch", 0)]
     with pytest.raises(ValueError, match="nonsense"):
         list(plan.runs(["nonsense"]))
     with pytest.raises(ValueError, match="`samplings` has no 'two'; known: .*one_candidate"):
@@ -151,12 +152,12 @@ def test_the_command_does_everything_once_and_in_pieces(tmp_path, monkeypatch, c
     assert (model / "vae").is_symlink() and (model / "face_adapter" / "best.json").exists()
     main(["reproduce", "--plan", path, "--samplings", "one_candidate"])
     said = capsys.readouterr().out
-    assert commands.calls.count("withanyone.bench score") == 12 and set(commands.candidates) == {"1"}
+    assert commands.calls.count("withanyone.bench score") == 14 and set(commands.candidates) == {"1"}
     assert "## Test pictures with four candidates\n\nNo run is scored yet." in said
     main(["reproduce", "--plan", path])
     said = capsys.readouterr().out
-    assert commands.calls.count("withanyone.bench score") == 24 and commands.candidates.count("4") == 12
-    assert commands.calls.count("train") == 13
+    assert commands.calls.count("withanyone.bench score") == 28 and commands.candidates.count("4") == 14
+    assert commands.calls.count("train") == 15
     assert commands.calls.count("withanyone.mini cases") == 2
     before = len(commands.calls)
     main(["reproduce", "--plan", path])

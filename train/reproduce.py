@@ -107,7 +107,7 @@ class Plan:
         return self.folder(row, seed) / sampling.name / "results.json"
 
     def runs(self, names: Sequence[str] | None = None) -> Iterator[tuple[Row, int]]:
-        """The rows with each of their seeds, the two headline rows' first seeds first."""
+        """The rows with each of their seeds, the headline rows' first seeds first."""
         chosen = [self.row(name) for name in names] if names else list(self.rows)
         chosen.sort(key=lambda row: not row.headline)
         for place in range(max(len(row.seeds) for row in chosen)):
@@ -358,7 +358,7 @@ def missing(plan: Plan, sampling: Sampling) -> list[str]:
 def verdict(rows: Mapping[str, Any], plan: Plan) -> list[str]:
     """What the figures say about the claim, in sentences; no more than they say."""
     if plan.control not in rows or plan.full not in rows:
-        return ["The two headline rows are not both there yet."]
+        return ["Control and full recipe are not both there yet."]
     control, full = rows[plan.control], rows[plan.full]
     said = []
     copying = control.get("copy_paste")
