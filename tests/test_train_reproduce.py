@@ -19,6 +19,7 @@ from train import reproduce
 from train.config import PHASES, TrainConfig, read_yaml
 from train.reproduce import (
     PLAN,
+    difference,
     picture_sheet,
     pooled,
     read_plan,
@@ -196,6 +197,23 @@ def test_seeds_are_pooled_by_case():
     assert len(three["seeds"]) == 3
 
 
+def test_rows_are_compared_person_by_person_and_seed_by_seed(monkeypatch):
+    monkeypatch.setattr(reproduce, "values_of", lambda result, name: result[name])
+    rng = np.random.default_rng(0)
+    case = rng.normal(size=200)
+
+    def run(shift):
+        return {"sim_gt": {(f"{c}", 0, 0): case[c] + shift + 0.01 * rng.normal() for c in range(200)}}
+
+    first, second = {s: run(0.05 + 0.01 * s) for s in range(3)}, {s: run(0.01 * s) for s in (1, 2, 4)}
+    del second[1]["sim_gt"]["7", 0, 0]  # a face that was not found
+    found = difference(first, second, "sim_gt")
+    assert found["mean"] == pytest.approx(0.05, abs=0.003) and found["n"] == 399
+    assert found["seeds"] == pytest.approx([0.05, 0.05], abs=0.005)  # seeds 1 and 2
+    assert found["high"] - found["low"] < 0.01  # though the cases themselves lie far apart
+    assert difference(first, {9: second[4]}, "sim_gt") is None
+
+
 def _figure(mean, half=0.01):
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": [mean]}
 
@@ -223,7 +241,8 @@ def test_the_verdict_says_what_the_figures_say(tmp_path, control, full, said):
     assert said in sentences
     if said != "The aim is reached.":
         assert "The aim is reached" not in sentences
-    shown = table({"rows": rows, "verdict": verdict(rows, plan), "missing": ["x"], "identity_by": ["judge"],
+    shown = table({"rows": rows, "verdict": verdict(rows, plan), "missing": ["x"], "differences": [],
+                   "identity_by": ["judge"],
                    "title": "one candidate"})  # fmt: skip
     assert f"{control[1]:+.3f}" in shown and said in shown and "Not yet there: x." in shown
 

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 PLAN = Path(__file__).parent / "reproduce.yaml"
 STAGES = ("train", "generate", "score", "table")
 SHOWN = ("sim_gt", "sim_ref", "copy_paste", "prompt_following", "found", "ceiling")
+COMPARED = ("sim_gt", "copy_paste", "prompt_following")
 COPIED = ("hair_style", "glasses", "expression")
 RESAMPLES = 2000
 COLORS = (*plots.PALETTE, plots.GREY, plots.INK)
@@ -288,15 +290,31 @@ def pooled(values: Sequence[Mapping[tuple, float]], resamples: int = RESAMPLES) 
     }  # fmt: skip
 
 
+def values_of(result: Mapping[str, Any], name: str) -> dict[tuple, float]:
+    """One run's values of a metric: (case, ...) -> value, an entry a person."""
+    known = set(Settings.__dataclass_fields__)
+    settings = Settings(**{k: v for k, v in result["settings"].items() if k in known})
+    return metric_values(result["rows"], name, result["identity_by"], settings)
+
+
+def difference(
+    results: Mapping[int, dict[str, Any]], others: Mapping[int, dict[str, Any]], name: str
+) -> dict[str, float] | None:
+    """How much larger a metric is in one row's runs (by seed) than in another's, person by person and seed
+    by seed, with an interval over cases: much tighter than the two rows' own. None without a common seed.
+    """
+    parts = []
+    for seed in sorted(results.keys() & others.keys()):
+        mine, theirs = values_of(results[seed], name), values_of(others[seed], name)
+        parts.append({key: mine[key] - theirs[key] for key in mine.keys() & theirs.keys()})
+    return pooled(parts) if parts and all(parts) else None
+
+
 def row_figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row's figures over its seeds."""
     out: dict[str, Any] = {}
     for name in SHOWN:
-        parts = []
-        for result in results:
-            known = set(Settings.__dataclass_fields__)
-            settings = Settings(**{k: v for k, v in result["settings"].items() if k in known})
-            parts.append(metric_values(result["rows"], name, result["identity_by"], settings))
+        parts = [values_of(result, name) for result in results]
         if all(parts):
             out[name] = pooled(parts)
     for name in COPIED:
@@ -313,6 +331,7 @@ def row_figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def collect(plan: Plan, sampling: Sampling) -> dict[str, Any]:
     """Everything a sampling's table shows, of the runs that are scored: what the committed JSON holds."""
     rows: dict[str, Any] = {}
+    by_seed: dict[str, dict[int, dict[str, Any]]] = {}
     fingerprints, judges = set(), set()
     for row in plan.rows:
         found = {}
@@ -324,6 +343,7 @@ def collect(plan: Plan, sampling: Sampling) -> dict[str, Any]:
             continue
         fingerprints |= {result["bench"]["fingerprint"] for result in found.values()}
         judges |= {name for result in found.values() for name in result["identity_by"]}
+        by_seed[row.name] = found
         best = {}
         for seed in found:
             path = plan.folder(row, seed) / "training" / "best" / "best.json"
@@ -336,9 +356,18 @@ def collect(plan: Plan, sampling: Sampling) -> dict[str, Any]:
         }  # fmt: skip
     if len(fingerprints) > 1:
         raise ValueError(f"`out` {plan.out}: runs were scored on different cases; delete the older results.")
+    headline = [row for row in plan.rows if row.headline and row.name in by_seed]
+    differences = [
+        {
+            "row": row.title, "from": other.title,
+            **{name: difference(by_seed[row.name], by_seed[other.name], name) for name in COMPARED},
+        }
+        for other, row in combinations(headline, 2)
+    ]  # fmt: skip
     return {
         "title": sampling.title, "generate": list(sampling.words), "identity_by": sorted(judges),
-        "rows": rows, "verdict": verdict(rows, plan), "missing": missing(plan, sampling),
+        "rows": rows, "differences": differences, "verdict": verdict(rows, plan),
+        "missing": missing(plan, sampling),
     }  # fmt: skip
 
 
@@ -409,6 +438,13 @@ def table(summary: Mapping[str, Any]) -> str:
               "intervals over cases (all seeds of a case together; copied attributes: the widest interval of "
               "the seeds).", ""]  # fmt: skip
     lines += [f"- {sentence}" for sentence in summary["verdict"]]
+    if summary["differences"]:
+        lines += ["", "Differences between rows of several seeds, person by person and seed by seed:", ""]
+        lines += ["| row | from | " + " | ".join(name.replace("_", " ") for name in COMPARED) + " |"]
+        lines += ["|---" * (2 + len(COMPARED)) + "|"]
+        for entry in summary["differences"]:
+            cells = [entry["row"], entry["from"], *(_shown(entry[name]) for name in COMPARED)]
+            lines.append("| " + " | ".join(cells) + " |")
     if summary["missing"]:
         lines += ["", f"Not yet there: {'; '.join(summary['missing'])}."]
     return "\n".join(lines) + "\n"
