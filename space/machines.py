@@ -114,8 +114,7 @@ def load(settings: Settings) -> tuple[WithAnyonePipeline, bool]:
     }
     if settings.zero_gpu or not torch.cuda.is_available() or settings.model == str(PRETRAINED):
         device = "cuda" if settings.zero_gpu else None
-        dtype = "auto" if pick_device(device).type == "cpu" else None
-        return load_pipeline(settings.model, device=device, dtype=dtype, **parts), True
+        return load_pipeline(settings.model, device=device, dtype="auto", **parts), True
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     machine = machine_for(settings.memory, total)
     pipe = load_pipeline(settings.model, device="cpu", dtype="bfloat16", **parts)

@@ -68,8 +68,8 @@ def test_auto_is_the_dtype_that_the_device_computes_in_and_the_folder_says_which
     cases, tmp_path: Path, monkeypatch, computes: bool
 ) -> None:
     monkeypatch.setattr("withanyone.precision.computes_bfloat16", lambda device="cpu": computes)
-    folder = str(bench_world.write_cases(tmp_path / "given"))
-    words = ["--quiet", "generate", "--cases", folder, "--model", "m", "--pipeline", FAKE, "--device", "cpu"]
+    words = ["--quiet", "generate", "--cases", str(cases.source)]
+    words += ["--model", "m", "--pipeline", FAKE, "--device", "cpu"]
     for asked, meant in (("auto", "bfloat16" if computes else "float32"), ("bfloat16", "bfloat16")):
         out = tmp_path / asked
         assert main([*words, "--out", str(out), "--dtype", asked]) == 0

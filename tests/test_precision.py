@@ -30,6 +30,7 @@ def test_autocast_of_the_miniature_follows_the_cpu(has_bfloat16):
 def test_the_dtype_of_weights_is_the_one_asked_for_or_the_devices(has_bfloat16):
     names = {asked: precision.dtype_name(asked, "cpu") for asked in (None, "auto", "float16")}
     assert names == {None: "float32", "auto": "bfloat16" if has_bfloat16 else "float32", "float16": "float16"}
+    assert precision.dtype_name(None, "mps") == precision.dtype_name("auto", "mps") == "float32"
     assert precision.dtype_name(None, "cuda") == precision.dtype_name("auto", "cuda") == "bfloat16"
 
 

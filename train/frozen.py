@@ -11,7 +11,7 @@ from torch import Tensor
 
 from withanyone import WithAnyonePipeline, flow
 from withanyone.arcface import Recognizer
-from withanyone.precision import computes_bfloat16
+from withanyone.precision import computes_bfloat16, dtype_name
 
 from .cache import TensorCache, module_stamp
 from .config import TrainConfig
@@ -23,13 +23,11 @@ NEEDED = ("image_encoder", "feature_extractor", "face_analyzer")
 
 def precision_of(config: TrainConfig) -> tuple[str, torch.dtype]:
     """`mixed_precision` and `frozen_dtype` on this machine: `auto` is bfloat16 where that is worth it."""
-    cpu = config.cpu or not torch.cuda.is_available()
-    fast = computes_bfloat16("cpu" if cpu else "cuda")
-    mixed, frozen = config.mixed_precision, config.frozen_dtype
-    return (
-        ("bf16" if fast else "no") if mixed == "auto" else mixed,
-        DTYPES[("bfloat16" if fast else "float32") if frozen == "auto" else frozen],
-    )
+    device = "cpu" if config.cpu or not torch.cuda.is_available() else "cuda"
+    mixed = config.mixed_precision
+    if mixed == "auto":
+        mixed = "bf16" if computes_bfloat16(device) else "no"
+    return mixed, DTYPES[dtype_name(config.frozen_dtype, device)]
 
 
 def load_pipeline(config: TrainConfig) -> WithAnyonePipeline:

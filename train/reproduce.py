@@ -29,11 +29,10 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from withanyone.bench import plots
+from withanyone.bench import metrics, plots
 from withanyone.bench.cases import Picture, picture_paths, read_cases
-from withanyone.bench.figures import metric_values
+from withanyone.bench.figures import values_of
 from withanyone.bench.results import read_results
-from withanyone.bench.scoring import Settings
 
 from .config import load_config, make_config, read_yaml
 
@@ -272,29 +271,16 @@ def score(plan: Plan, row: Row, seed: int, sampling: Sampling) -> None:
 def pooled(values: Sequence[Mapping[tuple, float]], resamples: int = RESAMPLES) -> dict[str, float]:
     """Mean over people of all seeds, with a 95 % interval over cases; `seeds` are the means of each.
 
-    Cases are drawn, each with the people and all the seeds it has: sum / count, as the bench does it.
+    Cases are drawn, each with the people and all the seeds it has.
     """
-    cases = sorted({key[0] for part in values for key in part})
-    place = {case: i for i, case in enumerate(cases)}
-    sums, counts = np.zeros(len(cases)), np.zeros(len(cases))
-    for part in values:
-        for key, value in part.items():
-            sums[place[key[0]]] += value
-            counts[place[key[0]]] += 1
-    drawn = np.random.default_rng(0).integers(0, len(cases), (resamples, len(cases)))
-    means = sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    entries = [entry for part in values for entry in part.items()]
+    groups = [key[0] for key, _ in entries]
+    numbers = np.array([value for _, value in entries])
+    low, high = metrics.bootstrap_interval(numbers, groups, resamples=resamples)
     return {
-        "mean": float(sums.sum() / counts.sum()), "low": float(low), "high": float(high),
-        "n": int(counts.sum()), "seeds": [float(np.mean(list(part.values()))) for part in values],
+        "mean": float(numbers.mean()), "low": low, "high": high, "n": len(numbers),
+        "seeds": [float(np.mean(list(part.values()))) for part in values],
     }  # fmt: skip
-
-
-def values_of(result: Mapping[str, Any], name: str) -> dict[tuple, float]:
-    """One run's values of a metric: (case, ...) -> value, an entry a person."""
-    known = set(Settings.__dataclass_fields__)
-    settings = Settings(**{k: v for k, v in result["settings"].items() if k in known})
-    return metric_values(result["rows"], name, result["identity_by"], settings)
 
 
 def difference(

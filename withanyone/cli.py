@@ -146,7 +146,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, device: bool = True) ->
         parser.add_argument(
             "--dtype",
             choices=DTYPES,
-            help="auto: bfloat16 where the device computes in it (default: bfloat16 on cuda, else float32)",
+            help="default: bfloat16 on cuda, else float32; auto: bfloat16 on a CPU that computes in it, too",
         )
 
 

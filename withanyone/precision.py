@@ -21,11 +21,13 @@ def computes_bfloat16(device: torch.device | str = "cpu") -> bool:
 def dtype_name(asked: str | None, device: torch.device | str = "cpu") -> str:
     """The dtype that weights shall have on `device`: the one asked for, by name.
 
-    None: bfloat16 on CUDA, else float32. "auto": bfloat16 wherever products in it are worth it.
+    None: bfloat16 on CUDA, else float32. "auto": bfloat16 also on a CPU that computes in it.
     """
-    if asked == "auto":
-        return "bfloat16" if computes_bfloat16(device) else "float32"
-    return asked or ("bfloat16" if torch.device(device).type == "cuda" else "float32")
+    if asked not in (None, "auto"):
+        return asked
+    kind = torch.device(device).type
+    half = kind == "cuda" or (asked == "auto" and kind == "cpu" and computes_bfloat16(device))
+    return "bfloat16" if half else "float32"
 
 
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:

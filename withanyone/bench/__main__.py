@@ -51,7 +51,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="auto: bfloat16 where the device computes in it (default: bfloat16 on cuda, else float32)",
+        help="default: bfloat16 on cuda, else float32; auto: bfloat16 on a CPU that computes in it, too",
     )
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument(

@@ -129,6 +129,11 @@ def metric_values(rows: Sequence[dict], metric: str, judges: Sequence[str], sett
     return out
 
 
+def values_of(result: dict, metric: str) -> Values:
+    """`metric_values` of a whole results.json, by its own judges and settings."""
+    return metric_values(result["rows"], metric, result["identity_by"], Settings.of(result))
+
+
 def _pose_copied(entry: dict, min_change: float) -> float | None:
     poses = [entry[name] for name in ("pose", "pose_target", "pose_reference")]
     if any(pose is None for pose in poses):

@@ -53,8 +53,7 @@ def compare(
     _check_comparable(new, baseline)
     names = [check_metric(name) for name in chosen] if chosen else [n for n, m in METRICS.items() if m.better]
     bootstrap = dict(baseline["settings"]["bootstrap"]) | ({"level": level} if level else {})
-    known = {name for name in Settings.__dataclass_fields__}
-    settings = Settings(**{name: value for name, value in new["settings"].items() if name in known})
+    settings = Settings.of(new)
     out = []
     for subset, belongs in SUBSETS.items():
         for name in names:

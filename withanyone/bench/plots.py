@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from . import metrics
-from .figures import METRICS, metric_values
+from .figures import METRICS, values_of
 from .published import TABLE_1, TABLE_2, Published
-from .scoring import Settings
 from .tables import PUBLISHED_BENCH, SUBSET_WORDS
 
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
@@ -219,12 +218,6 @@ def _overlap(box: np.ndarray, taken: list, dots: np.ndarray, curve: np.ndarray, 
 # ---- own results -----------------------------------------------------------------------------------------
 
 
-def _values(result: dict, metric: str) -> dict:
-    known = Settings.__dataclass_fields__
-    settings = Settings(**{name: value for name, value in result["settings"].items() if name in known})
-    return metric_values(result["rows"], metric, result["identity_by"], settings)
-
-
 def _check_one_world(results: Sequence[dict]) -> None:
     worlds = sorted({result["bench"]["name"] for result in results})
     if len(worlds) > 1:
@@ -236,7 +229,7 @@ def plot_cases(results: Sequence[dict], out: str | os.PathLike) -> None:
     _check_one_world(results)
     figure, (axis,) = start_figure(6.4, 4.3)
     for result, color in zip(results, _colors(results), strict=True):
-        alike, copied = _values(result, "sim_gt_found"), _values(result, "copy_paste")
+        alike, copied = values_of(result, "sim_gt_found"), values_of(result, "copy_paste")
         keys = sorted(alike.keys() & copied.keys())
         axis.scatter(
             [alike[k] for k in keys], [copied[k] for k in keys], s=7, color=color, alpha=0.3, linewidths=0
@@ -264,8 +257,8 @@ def plot_real(results: Sequence[dict], out: str | os.PathLike) -> None:
     and the photo. Who lies right of the real ones copies."""
     _check_one_world(results)
     figure, (axis,) = start_figure(6.4, 3.8)
-    real = np.array(list(_values(results[0], "ceiling").values()))
-    drawn = [np.array(list(_values(result, "sim_ref").values())) for result in results]
+    real = np.array(list(values_of(results[0], "ceiling").values()))
+    drawn = [np.array(list(values_of(result, "sim_ref").values())) for result in results]
     lowest = min([-0.1, *(np.quantile(values, 0.005) for values in (real, *drawn) if len(values))])
     grid = np.linspace(lowest, 1.0, 400)
     if len(real) < 2:

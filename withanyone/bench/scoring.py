@@ -61,6 +61,12 @@ class Settings:
     box_iou: float = 0.3  # a detected face stands in a person's box from this overlap on
     min_yaw_change: float = 0.15  # target and photo differ in pose from here on (distances between the eyes)
 
+    @classmethod
+    def of(cls, result: dict) -> Settings:
+        """Those that a results.json was scored with; what else stands beside them there is left out."""
+        known = {name: v for name, v in result["settings"].items() if name in cls.__dataclass_fields__}
+        return cls(**known)
+
 
 DEFAULTS = Settings()
 
